@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = verbs.add_parser("train", help="train one of the course's models", description="Train one of the course's models.")
     train.add_argument("model", choices=["ddpm", "probe"], help="ddpm: unconditional 32x32 pictures; probe: reads postcards")
-    train.add_argument("--steps", type=whole_number(1), help="training steps (default: 1500 for ddpm, 4000 for probe)")
+    train.add_argument("--steps", type=whole_number(1), help="training steps (default: 4000 for ddpm, 4000 for probe)")
     train.add_argument("--out", required=True, type=Path, help="folder for checkpoints and the finished model")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     train.add_argument("--seed", type=whole_number(0), default=0)
@@ -57,7 +57,7 @@ def run_train(options: argparse.Namespace) -> None:
         limits = {"n": options.pictures or 20_000, "things": 1} if postcards else {"n": options.pictures}
         images = to_tensor(load_images(options.data, size=DDPM_CONFIG["size"], **limits))
         print(f"training on {len(images)} pictures", flush=True)
-        trained = train_ddpm(images, options.steps or 1500, options.out, options.resume, options.seed, save_every=options.save_every)
+        trained = train_ddpm(images, options.steps or 4000, options.out, options.resume, options.seed, save_every=options.save_every)
     done = len(trained.losses)
     recent = trained.losses[-100:]
     mean = sum(recent) / len(recent)
@@ -74,8 +74,7 @@ def run_generate(options: argparse.Namespace) -> None:
     if not options.out.resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder of --out {options.out} does not exist.")
     denoiser = load_ddpm(options.model)
-    channels, size = denoiser.model.config.in_channels, denoiser.size
-    images = sample_ddpm(denoiser, (options.n, channels, size, size), steps=options.steps, seed=options.seed)
+    images = sample_ddpm(denoiser, (options.n, 3, denoiser.size, denoiser.size), steps=options.steps, seed=options.seed)
     make_grid(images, columns=min(8, max(1, round(options.n**0.5))), scale=options.scale).save(options.out)
     print(f"{options.n} pictures in {options.out}")
 

@@ -217,7 +217,7 @@ class UpBlock(nn.Module):
         return x
 
 
-# %% ../lessons/02_unet.ipynb #282caec3
+# %% ../lessons/02_unet.ipynb #68a54872
 @dataclass
 class UNetConfig:
     """All numbers needed to build a UNet again: `UNet(**dataclasses.asdict(unet.config))`."""
@@ -280,11 +280,7 @@ class UNet(nn.Module):
         zero(self.conv_out)  # a fresh UNet answers 0, the average noise
 
     def forward(
-        self,
-        x: torch.Tensor,
-        timesteps: torch.Tensor | int,
-        context: torch.Tensor | None = None,
-        embedding: torch.Tensor | None = None,
+        self, x: torch.Tensor, timesteps: torch.Tensor | int, context: torch.Tensor | None = None, embedding: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Predict from noisy pictures and their timesteps.
 
