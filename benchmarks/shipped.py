@@ -1,4 +1,4 @@
-"""Measure the shipped models on fresh seeds: the numbers on their cards. python benchmarks/shipped.py [NAME ...] [--count 2000]"""
+"""Measure the shipped models on fresh seeds: the numbers on their cards. python benchmarks/shipped.py [NAME ...] [--count 500]"""
 
 import argparse
 import time
@@ -35,7 +35,7 @@ def measure_ddpm(count: int) -> None:
     real = render(sample_scenes(count, split="valid", seed=FRESH, things=1), 32)
     train = render(sample_scenes(20_000, split="train", seed=0, things=1), 32)
     print(f"real against real, {count} pictures: Fréchet distance {frechet_distance(train[:count], real):.2f}")
-    for steps in (50, 250):
+    for steps in (50, 100):
         start = time.perf_counter()
         batches = [
             sample_ddpm(denoiser, (min(100, count - i), 3, 32, 32), steps=steps, seed=FRESH + i, progress=False)
@@ -56,7 +56,7 @@ def measure_ddpm(count: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=["probe", "ddpm"])
-    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--count", type=int, default=500)
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fast dtype {fast_dtype('cpu')}")
     for name in options.names:

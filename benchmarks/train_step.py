@@ -1,4 +1,4 @@
-"""One training step of the 32x32 UNet beside its peers: `python benchmarks/train_step.py` (needs `pip install -e '.[test,bench]'`).
+"""One training step of the UNet at 32x32 beside its peers: `python benchmarks/train_step.py` (needs `pip install -e '.[test,bench]'`).
 
 Same widths, same batch, same loss and optimiser, in one run: time per picture and peak memory, in float32 and bfloat16. Each contender runs
 in fresh processes, in turns with the others, in the way its own documentation uses it; the best step of all turns counts, so that other work
@@ -24,7 +24,7 @@ from torch import nn
 
 WIDTHS, GROUPS = (64, 128, 128), 4
 GROUPS_OF_ROWS = {
-    "one residual block a level (lesson 03)": ["minisd", "diffusers", "diffusers channels_last*"],
+    "one residual block a level (the default)": ["minisd", "diffusers", "diffusers channels_last*"],
     "two residual blocks a level": [
         "minisd, 2 blocks",
         "diffusers, 2 blocks",

@@ -175,7 +175,7 @@ def read_folder(folder: Path, split: str, size: int, n: int | None, seed: int, s
     root = split_folder(folder, split)
     files = visible_files(root)
     about = {path: {} for path in files if path.suffix.lower() in PICTURE_ENDINGS}
-    left_out = 0
+    count, left_out = len(about), 0
     if metadata := [path for path in files if path.name in METADATA]:  # the pictures are those that it lists
         listed = {path.parent / row["file_name"]: row for path in metadata for row in read_metadata(path)}
         left_out, about = len(about.keys() - listed.keys()), listed
@@ -196,7 +196,8 @@ def read_folder(folder: Path, split: str, size: int, n: int | None, seed: int, s
     chosen = [rows[i] for i in pick_rows(len(rows), n, seed)]
     dataset = gather(chosen, len(chosen), names, size, strict, f"the folder {folder.name!r}")
     if left_out:
-        dataset.info.description += f" Left out {left_out} pictures that {metadata[0].name} does not list."
+        left = f"{metadata[0].name} does not list {left_out} of {count} pictures; they were left out."
+        dataset.info.description = " ".join(filter(None, (dataset.info.description, left)))
     return dataset
 
 

@@ -189,6 +189,14 @@ def test_to_moves_every_table_and_returns_the_schedule():
     assert all(getattr(schedule, name).device.type == "meta" for name in tables)
 
 
+def test_results_are_where_the_data_is():
+    x0, noise, timesteps = example()
+    schedule = NoiseSchedule("linear")  # tables and timesteps stay on the CPU
+    x_t = schedule.add_noise(x0.to("meta"), noise.to("meta"), timesteps)
+    assert x_t.device.type == "meta"
+    assert schedule.predict_x0(x_t, noise.to("meta"), 10, "v_prediction").device.type == "meta"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("tables_on", ["cpu", "cuda"])
 @pytest.mark.parametrize("timesteps_on", ["cpu", "cuda"])
