@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = verbs.add_parser("train", help="train one of the course's models", description="Train one of the course's models.")
     train.add_argument("model", choices=["ddpm", "probe"], help="ddpm: unconditional 32x32 pictures; probe: reads postcards")
-    train.add_argument("--steps", type=whole_number(1), help="training steps (default: 4000 for ddpm, 4000 for probe)")
+    train.add_argument("--steps", type=whole_number(1), help="training steps (default: 5000 for ddpm, 3000 for probe)")
     train.add_argument("--out", required=True, type=Path, help="folder for checkpoints and the finished model")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     train.add_argument("--seed", type=whole_number(0), default=0)
@@ -48,7 +48,7 @@ def run_train(options: argparse.Namespace) -> None:
     if options.model == "probe":
         from minisd.probe import train_probe
 
-        trained = train_probe(options.steps or 4000, options.out, options.resume, options.seed, save_every=options.save_every)
+        trained = train_probe(options.steps or 3000, options.out, options.resume, options.seed, save_every=options.save_every)
     else:
         from minisd.data import load_images, to_tensor
         from minisd.ddpm import DDPM_CONFIG, train_ddpm
@@ -57,7 +57,7 @@ def run_train(options: argparse.Namespace) -> None:
         limits = {"n": options.pictures or 20_000, "things": 1} if postcards else {"n": options.pictures}
         images = to_tensor(load_images(options.data, size=DDPM_CONFIG["size"], **limits))
         print(f"training on {len(images)} pictures", flush=True)
-        trained = train_ddpm(images, options.steps or 4000, options.out, options.resume, options.seed, save_every=options.save_every)
+        trained = train_ddpm(images, options.steps or 5000, options.out, options.resume, options.seed, save_every=options.save_every)
     done = len(trained.losses)
     recent = trained.losses[-100:]
     mean = sum(recent) / len(recent)

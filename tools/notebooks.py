@@ -1,5 +1,6 @@
 """One form for every notebook in the repository, so that a diff shows what a person changed."""
 
+import argparse
 import copy
 import os
 from pathlib import Path
@@ -69,6 +70,7 @@ def execute(
 
 def main() -> None:
     """Tidy every lesson, and every exercise source (those without outputs)."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args()  # so that --help, or a mistake, changes nothing
     root = Path(__file__).resolve().parent.parent
     for path in [*sorted((root / "lessons").glob("*.ipynb")), *sorted((root / "exercises" / "source").glob("*/*.ipynb"))]:
         if write(tidy(read(path), outputs=path.parent.name == "lessons"), path):
