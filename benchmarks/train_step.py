@@ -1,7 +1,7 @@
 """One training step of the UNet at 32x32 beside its peers: `python benchmarks/train_step.py` (needs `pip install -e '.[test,bench]'`).
 
 Same widths, same batch, same loss and optimiser, in one run: time per picture and peak memory, in float32 and bfloat16. Each contender runs
-in fresh processes, in turns with the others, in the way its own documentation uses it; the best step of all turns counts, so that other work
+Same widths, same batch, same loss and optimiser, in one run: time per picture and peak memory, float32 and bfloat16. Each contender runs
 on the machine disturbs less. "products" are the multiply-accumulates of one forward pass of one picture: they tell how much work a network
 asks for. Rows marked * are not the documented use but the nearest thing to ours: diffusers with channels_last, and the network of
 denoising-diffusion-pytorch, which has attention on every level, with that attention taken out.
