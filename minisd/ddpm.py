@@ -22,20 +22,29 @@ __all__ = ["DDPM_CONFIG", "diffusion_loss", "Denoiser", "sample_ddpm", "Folded",
 
 
 # %% ../lessons/03_ddpm.ipynb #f4f484d2
-def diffusion_loss(schedule: NoiseSchedule, prediction_type: str = "epsilon") -> Callable[..., torch.Tensor]:
+def diffusion_loss(
+    schedule: NoiseSchedule,
+    prediction_type: str = "epsilon",
+    pick_timesteps: Callable[[int, int, torch.Generator], torch.Tensor] | None = None,
+) -> Callable[..., torch.Tensor]:
     """The loss of DDPM's algorithm 1 (Ho et al. 2020, eq. 14), as `train` wants it: `loss_fn(model, images, generator)`.
 
     A timestep is drawn for each picture, the picture is noised to it, and the model's answer is compared with
     what `prediction_type` asks for ("epsilon", "sample" or "v_prediction"): the mean squared error, a scalar.
+    `pick_timesteps(count, num_timesteps, generator)` draws the (count,) timesteps of a batch; by default each is equally likely.
+    `loss_fn` hands further keywords, such as labels, on to the model.
     """
 
-    def loss_fn(model: nn.Module, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        timesteps = torch.randint(len(schedule.betas), (len(images),), generator=generator)
+    def loss_fn(model: nn.Module, images: torch.Tensor, generator: torch.Generator, **conditions: torch.Tensor) -> torch.Tensor:
+        if pick_timesteps is None:
+            timesteps = torch.randint(schedule.num_timesteps, (len(images),), generator=generator)
+        else:
+            timesteps = pick_timesteps(len(images), schedule.num_timesteps, generator)
         noise = torch.randn(images.shape, generator=generator)
         noisy = schedule.add_noise(images, noise, timesteps)  # (B, C, H, W)
         target = schedule.target(images, noise, timesteps, prediction_type)
         device = next(model.parameters()).device
-        output = model(noisy.to(device), timesteps.to(device))
+        output = model(noisy.to(device), timesteps.to(device), **conditions)
         return nn.functional.mse_loss(output.float(), target.to(device))
 
     return loss_fn
@@ -46,7 +55,7 @@ class Denoiser:
     """A trained model with all that is needed to ask it one question: what is in this noisy picture?
 
     `denoiser(x_t, t)` gives `(x0, noise)`, both shaped as `x_t`: the clean picture and the noise that the model believes are in it,
-    whatever it was trained to predict. `t` is one integer for the whole batch.
+    whatever it was trained to predict. `t` is one timestep for the whole batch; a fraction lies between two of the schedule.
     `clip`: keep x0 inside [-clip, clip] (pictures live in [-1, 1]), with the noise to match; None leaves it alone.
     `size`: height and width of the pictures it was trained on, if known.
     `dtype`: of the products inside the model; default: the fastest of the device (`minisd.utils.fast_dtype`).
@@ -71,16 +80,24 @@ class Denoiser:
         self.dtype = dtype or fast_dtype(self.device)
 
     @torch.no_grad()
-    def __call__(self, x_t: torch.Tensor, t: int, **conditions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, x_t: torch.Tensor, t: float, **conditions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model believes, before any clipping: (x0, noise). `conditions` go to the model as they are."""
         timesteps = torch.full((len(x_t),), t, device=self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             output = self.model(x_t.to(self.device), timesteps, **conditions)
         output = output.float().to(x_t.device)
         x0 = self.schedule.predict_x0(x_t, output, t, self.prediction_type)
+        return x0, self.schedule.predict_noise(x_t, output, t, self.prediction_type)
+
+    def clipped(self, x_t: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x0, noise) with x0 kept inside [-clip, clip] and the noise made to match it again; unchanged where `clip` is None."""
         if self.clip is None:
-            return x0, self.schedule.predict_noise(x_t, output, t, self.prediction_type)
+            return x0, noise
         x0 = x0.clamp(-self.clip, self.clip)
         return x0, self.schedule.predict_noise(x_t, x0, t, "sample")
+
+    def __call__(self, x_t: torch.Tensor, t: float, **conditions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.clipped(x_t, *self.predict(x_t, t, **conditions), t)
 
 
 # %% ../lessons/03_ddpm.ipynb #76a26ba0

@@ -54,9 +54,11 @@ class NoiseSchedule:
 
     Tables, all (T,) float32, made in float64: `betas`, `alphas` = 1 - betas, `alphas_cumprod` = their running product,
     `signal_scale` = sqrt(alphas_cumprod) and `noise_scale` = sqrt(1 - alphas_cumprod). Timestep 0 is almost clean, T - 1 almost noise.
+    Also `sigmas` = noise_scale / signal_scale, how much noise there is for each unit of signal: (T,), kept in float64 on the CPU.
 
     `x0`, `noise`, `x_t` and `output` are floats of one shape (B, ...): points (B, 2) or pictures (B, C, H, W).
-    `timesteps` is one integer for the whole batch or (B,) integers in 0 ... T - 1.
+    `timesteps` is one number for the whole batch or (B,) integers in 0 ... T - 1. A single Python float such as 417.3 stands between
+    two timesteps: its noise is interpolated (see `sigma`).
     `prediction_type` says what the network answers: "epsilon" (the noise), "sample" (the clean x0) or "v_prediction" (a mixture of both).
     Wrong shapes, names and ranges raise ValueError; wrong kinds of number raise TypeError.
     """
@@ -80,6 +82,7 @@ class NoiseSchedule:
         self.alphas_cumprod = alphas_cumprod.float()
         self.signal_scale = alphas_cumprod.sqrt().float()
         self.noise_scale = (1 - alphas_cumprod).sqrt().float()
+        self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
         """Move the tables to `device`; returns the schedule itself."""
@@ -91,8 +94,25 @@ class NoiseSchedule:
         """Signal-to-noise ratio alphas_cumprod / (1 - alphas_cumprod) of every timestep, (T,) float32."""
         return (self.signal_scale / self.noise_scale) ** 2
 
-    def scales(self, timesteps: int | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sigma(self, t: float) -> float:
+        """Noise for each unit of signal at timestep `t`; between two timesteps on a straight line in log(sigma); 0 at t = -1, the clean end."""
+        if t == -1:
+            return 0.0
+        if not 0 <= t <= self.num_timesteps - 1:
+            raise ValueError(f"timesteps must be in 0 ... {self.num_timesteps - 1}, or -1 for the clean end, got {t}.")
+        low = int(t)
+        high = min(low + 1, self.num_timesteps - 1)
+        below, above = self.sigmas[low].item(), self.sigmas[high].item()
+        return below * (above / below) ** (t - low)
+
+    def scales(self, timesteps: float | torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`signal_scale` and `noise_scale` at `timesteps`, on the device of `like` and shaped (B, 1, ...) or (1, 1, ...) to multiply it."""
+        if isinstance(timesteps, float):
+            if timesteps < 0:
+                raise ValueError(f"timesteps must be in 0 ... {self.num_timesteps - 1}, got {timesteps}.")
+            sigma = like.new_full([1] * like.ndim, self.sigma(timesteps), dtype=torch.float32)
+            signal_scale = 1 / (1 + sigma**2).sqrt()
+            return signal_scale, sigma * signal_scale
         t = torch.as_tensor(timesteps)
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"timesteps must be integers, got {t.dtype}.")
@@ -103,14 +123,14 @@ class NoiseSchedule:
         t = t.to(self.betas.device).reshape(-1, *[1] * (like.ndim - 1))  # (B,) -> (B, 1, ...)
         return self.signal_scale[t].to(like.device), self.noise_scale[t].to(like.device)
 
-    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor) -> torch.Tensor:
         """x0 after t + 1 steps of noise, in one go. Ho et al. 2020, equation 4."""
         check_pair(x0, noise, "x0", "noise")
         signal_scale, noise_scale = self.scales(timesteps, like=x0)
         return (signal_scale * x0 + noise_scale * noise).to(x0.dtype)
 
     def target(
-        self, x0: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor, prediction_type: str = "epsilon"
+        self, x0: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor, prediction_type: str = "epsilon"
     ) -> torch.Tensor:
         """What the network should answer for `add_noise(x0, noise, timesteps)`. v: Salimans and Ho 2022, section 4."""
         check_prediction_type(prediction_type)
@@ -123,7 +143,7 @@ class NoiseSchedule:
         return (signal_scale * noise - noise_scale * x0).to(x0.dtype)
 
     def predict_x0(
-        self, x_t: torch.Tensor, output: torch.Tensor, timesteps: int | torch.Tensor, prediction_type: str = "epsilon"
+        self, x_t: torch.Tensor, output: torch.Tensor, timesteps: float | torch.Tensor, prediction_type: str = "epsilon"
     ) -> torch.Tensor:
         """The clean x0 that the network's `output` at `x_t` implies."""
         check_prediction_type(prediction_type)
@@ -136,7 +156,7 @@ class NoiseSchedule:
         return (signal_scale * x_t - noise_scale * output).to(x_t.dtype)
 
     def predict_noise(
-        self, x_t: torch.Tensor, output: torch.Tensor, timesteps: int | torch.Tensor, prediction_type: str = "epsilon"
+        self, x_t: torch.Tensor, output: torch.Tensor, timesteps: float | torch.Tensor, prediction_type: str = "epsilon"
     ) -> torch.Tensor:
         """The noise that the network's `output` at `x_t` implies."""
         check_prediction_type(prediction_type)

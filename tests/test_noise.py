@@ -184,9 +184,11 @@ def test_own_betas():
 def test_to_moves_every_table_and_returns_the_schedule():
     schedule = NoiseSchedule("linear", 10)
     tables = [name for name, value in vars(schedule).items() if isinstance(value, torch.Tensor)]
-    assert len(tables) == 5
+    assert len(tables) == 6
     assert schedule.to("meta") is schedule
-    assert all(getattr(schedule, name).device.type == "meta" for name in tables)
+    for name in tables:  # `sigmas` serves plain Python numbers and stays: not every device has float64
+        assert getattr(schedule, name).device.type == ("cpu" if name == "sigmas" else "meta")
+    assert schedule.sigma(3.5) == NoiseSchedule("linear", 10).sigma(3.5)
 
 
 def test_results_are_where_the_data_is():
@@ -206,6 +208,72 @@ def test_same_numbers_on_the_gpu(tables_on, timesteps_on):
     x_t = NoiseSchedule("linear").to(tables_on).add_noise(x0.cuda(), noise.cuda(), timesteps.to(timesteps_on))
     assert x_t.is_cuda
     torch.testing.assert_close(x_t.cpu(), expected, rtol=0, atol=1e-6)
+
+
+# --- between two timesteps
+
+
+@each_schedule
+def test_sigma_is_noise_for_each_unit_of_signal(name):
+    schedule = NoiseSchedule(name)
+    exact = (1 - SCHEDULES[name](1000)).cumprod(0)
+    assert schedule.sigmas.dtype == torch.float64 and schedule.sigmas.device.type == "cpu"
+    torch.testing.assert_close(schedule.sigmas, ((1 - exact) / exact).sqrt(), rtol=1e-12, atol=0)
+    for t in (0, 1, 500, 999):
+        assert schedule.sigma(t) == pytest.approx(schedule.sigmas[t].item(), rel=1e-12)
+        assert schedule.sigma(float(t)) == schedule.sigma(t)
+    assert isinstance(schedule.sigma(2.5), float)
+    assert schedule.sigma(-1) == schedule.sigma(-1.0) == 0
+
+
+def test_sigma_between_two_timesteps_by_hand():
+    schedule = NoiseSchedule(torch.tensor([0.2, 0.75], dtype=torch.float64))  # alphas_cumprod 0.8 and 0.2: sigmas 1/2 and 2
+    assert [schedule.sigma(t) for t in (0, 0.25, 0.5, 1)] == pytest.approx([0.5, 0.5**0.5, 1, 2])  # log(sigma) takes equal steps
+    alone = NoiseSchedule(torch.tensor([0.2], dtype=torch.float64))
+    assert alone.sigma(0) == pytest.approx(0.5)
+
+
+@each_schedule
+def test_sigma_rises_without_jumps(name):
+    schedule = NoiseSchedule(name)
+    grid = torch.linspace(0, 999, 5001, dtype=torch.float64).tolist()
+    logs = torch.tensor([schedule.sigma(t) for t in grid], dtype=torch.float64).log()
+    assert (logs.diff() > 0).all()
+    assert logs.diff().max() < schedule.sigmas.log().diff().max() / 5 + 1e-9
+
+
+@each_schedule
+@each_prediction
+def test_fractional_timesteps(name, prediction_type):
+    schedule = NoiseSchedule(name)
+    x0, noise, _ = (tensor.double() for tensor in example())
+    for t in (0.0, 0.5, 417.3, 998.9, 999.0):
+        signal_scale, noise_scale = schedule.scales(t, like=x0)
+        assert signal_scale.shape == noise_scale.shape == (1, 1, 1, 1) and signal_scale.dtype == torch.float32
+        assert (signal_scale**2 + noise_scale**2).item() == pytest.approx(1, abs=1e-6)
+        assert (noise_scale / signal_scale).item() == pytest.approx(schedule.sigma(t), rel=1e-6)
+        x_t = schedule.add_noise(x0, noise, t)
+        output = schedule.target(x0, noise, t, prediction_type)
+        torch.testing.assert_close(schedule.predict_x0(x_t, output, t, prediction_type), x0, rtol=0, atol=1e-5)
+        torch.testing.assert_close(schedule.predict_noise(x_t, output, t, prediction_type), noise, rtol=0, atol=1e-5)
+    assert schedule.add_noise(x0.to("meta"), noise.to("meta"), 417.3).device.type == "meta"
+    assert schedule.add_noise(x0.bfloat16(), noise.bfloat16(), 417.3).dtype == torch.bfloat16
+
+
+@each_schedule
+def test_a_whole_number_written_as_a_fraction_is_the_same_timestep(name):
+    schedule, (x0, noise, _) = NoiseSchedule(name), example()
+    for t in (0, 1, 500, 999):
+        torch.testing.assert_close(schedule.add_noise(x0, noise, float(t)), schedule.add_noise(x0, noise, t), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-0.5, 999.5, 1000.0, float("nan"), float("inf")])
+def test_fractional_timesteps_out_of_range(bad):
+    x = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"timesteps must be in 0 \.\.\. 999"):
+        NoiseSchedule().add_noise(x, x, bad)
+    with pytest.raises(ValueError, match=r"timesteps must be in 0 \.\.\. 999"):
+        NoiseSchedule().sigma(bad)
 
 
 # --- bad input
@@ -243,7 +311,7 @@ def test_timesteps_out_of_range(bad):
         NoiseSchedule().add_noise(x, x, bad)
 
 
-@pytest.mark.parametrize("bad", [1.0, torch.tensor([0.5, 0.5]), torch.tensor([True, False])])
+@pytest.mark.parametrize("bad", [torch.tensor(0.5), torch.tensor([0.5, 0.5]), torch.tensor([True, False])])
 def test_timesteps_that_are_not_integers(bad):
     x = torch.zeros(2, 2)
     with pytest.raises(TypeError, match="timesteps must be integers"):
