@@ -7,9 +7,11 @@ import torch
 
 from minisd.ddpm import load_ddpm, sample_ddpm
 from minisd.drawing import render
+from minisd.guidance import Guided, load_class
 from minisd.metrics import frechet_distance, nearest, read_attributes
-from minisd.postcards import sample_scenes
+from minisd.postcards import KINDS, sample_scenes
 from minisd.probe import load_probe, probe_accuracy
+from minisd.samplers import sample
 from minisd.utils import fast_dtype
 
 FRESH = 987_654  # a seed that no training uses
@@ -53,12 +55,51 @@ def measure_ddpm(count: int) -> None:
         )
 
 
+def measure_class(count: int) -> None:
+    """For several guidance scales: share of samples with the asked kind and nothing else, Fréchet distance; what the null class draws."""
+    denoiser = load_class(device="cpu")
+    null = denoiser.model.null_class
+    real = render(sample_scenes(count, split="valid", seed=FRESH, things=1), 32)
+    train = render(sample_scenes(20_000, split="train", seed=0, things=1), 32)
+    print(f"real against real, {count} pictures: Fréchet distance {frechet_distance(train[:count], real):.2f}")
+
+    def draw(scale: float, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
+        start = time.perf_counter()
+        guided = Guided(denoiser, scale, {"labels": null})
+        batches = [
+            sample(guided, (len(part), 3, 32, 32), steps=25, seed=FRESH + i, progress=False, labels=part)
+            for i, part in enumerate(labels.split(100))
+        ]
+        return torch.cat(batches), (time.perf_counter() - start) / count
+
+    asked = torch.arange(count) % null
+    for scale in (1, 1.5, 2, 3, 4, 5, 7.5):
+        samples, seconds = draw(scale, asked)
+        kinds = read_attributes(samples)["kind"]
+        one = (kinds >= 0).sum(1) == 1
+        right = (one & (kinds.max(1).values == asked)).float()
+        distances = nearest(samples[:500], train)[1]
+        print(
+            f"scale {scale:g}: the asked kind in {right.mean():.1%} ± {(right.mean() * (1 - right.mean()) / count).sqrt():.1%}, "
+            f"least for {KINDS[int(torch.stack([right[asked == k].mean() for k in range(null)]).argmin())]}, "
+            f"exactly one thing in {one.float().mean():.1%}, Fréchet distance {frechet_distance(samples, real):.2f}, "
+            f"median distance to the nearest training picture {distances.median():.3f}, {seconds:.3f} s a picture",
+            flush=True,
+        )
+    samples, _ = draw(1, torch.full((count,), null))
+    kinds = read_attributes(samples)["kind"].max(1).values
+    shares = {name: round((kinds == k).float().mean().item(), 3) for k, name in enumerate(KINDS)}
+    print(f"null class: Fréchet distance {frechet_distance(samples, real):.2f}, kinds {shares}")
+
+
+MEASURES = {"probe": measure_probe, "ddpm": measure_ddpm, "class": measure_class}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=["probe", "ddpm"])
+    parser.add_argument("names", nargs="*", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--count", type=int, default=500)
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fast dtype {fast_dtype('cpu')}")
     for name in options.names:
         print(f"== {name}")
-        {"probe": measure_probe, "ddpm": measure_ddpm}[name](options.count)
+        MEASURES[name](options.count)
