@@ -96,7 +96,7 @@ MEASURES = {"probe": measure_probe, "ddpm": measure_ddpm, "class": measure_class
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=list(MEASURES), default=list(MEASURES))
+    parser.add_argument("names", nargs="*", default=list(MEASURES), metavar="NAME", help=", ".join(MEASURES))
     parser.add_argument("--count", type=int, default=500)
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fast dtype {fast_dtype('cpu')}")

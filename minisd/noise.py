@@ -95,7 +95,7 @@ class NoiseSchedule:
         return (self.signal_scale / self.noise_scale) ** 2
 
     def sigma(self, t: float) -> float:
-        """Noise for each unit of signal at timestep `t`; between two timesteps on a straight line in log(sigma); 0 at t = -1, the clean end."""
+        """Noise for each unit of signal at timestep `t`; between two of them straight in log(sigma); 0 at t = -1, the clean end."""
         if t == -1:
             return 0.0
         if not 0 <= t <= self.num_timesteps - 1:

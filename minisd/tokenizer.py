@@ -74,10 +74,10 @@ def learn_merges(words: Mapping[tuple[str, ...], int], number: int) -> list[Pair
     does not depend on the order of the words. At most `number` merges; fewer when no pair occurs twice any more.
     """
     counts, pieces = list(words.values()), [list(symbols) for symbols in words]
-    pairs: Counter[Pair] = Counter()
+    pairs: Counter[Pair] = Counter()  # how often each pair occurs now
     holders: dict[Pair, set[int]] = defaultdict(set)  # the words that hold a pair, so that a merge need not visit the others
 
-    def count(i: int, sign: int) -> list[Pair]:
+    def count(i: int, sign: int) -> list[Pair]:  # add the pairs of word i to the counts, or with -1 take them out
         neighbours = list(zip(pieces[i], pieces[i][1:]))
         for pair in neighbours:
             pairs[pair] += sign * counts[i]
@@ -97,7 +97,7 @@ def learn_merges(words: Mapping[tuple[str, ...], int], number: int) -> list[Pair
             break
         merges.append(pair)
         changed = set()
-        for i in holders.pop(pair):
+        for i in holders.pop(pair):  # take the word out of the counts, merge, count it again
             changed.update(count(i, -1))
             pieces[i] = merge_pair(pieces[i], pair)
             changed.update(count(i, +1))
@@ -278,7 +278,7 @@ class Tokenizer:
             row = [self.start_id, *ids[:room], self.end_id]
             rows.append(row + [self.pad_id] * (length - len(row)))
         if lost:
-            which = "the text is" if len(texts) == 1 else f"{len(lost)} of {len(texts)} texts are"
+            which = "the text is" if len(texts) == 1 else f"{len(lost)} of {len(texts)} texts {'is' if len(lost) == 1 else 'are'}"
             parts = [repr(part if len(part) <= 300 else part[:300] + " …") for part in lost[:3]] + ["…"] * (len(lost) > 3)
             warnings.warn(f"{which} longer than the {room} tokens that fit; cut off: {', '.join(parts)}", stacklevel=2)
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), length)

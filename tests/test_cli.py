@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from minisd.cli import main
+from minisd.postcards import KINDS
 
 
 def test_generate_writes_a_grid(tmp_path, capsys):
@@ -32,9 +35,76 @@ def test_train_resume_and_generate(tmp_path, capsys):
     assert main(["generate", "--model", str(out), "-n", "1", "--steps", "1", "--out", str(tmp_path / "one.png")]) == 0
 
 
+def test_asks_for_a_kind_with_any_sampler(tmp_path, capsys):
+    out = tmp_path / "boats.png"
+    ask = [
+        "generate",
+        "--model",
+        "class",
+        "--label",
+        "boat",
+        "--guidance",
+        "3",
+        "--sampler",
+        "ddim",
+        "--spacing",
+        "leading",
+        "--steps",
+        "3",
+    ]
+    assert main([*ask, "-n", "4", "--scale", "1", "--out", str(out)]) == 0
+    assert Image.open(out).size == (2 * 32 + 2, 2 * 32 + 2)
+    first = out.read_bytes()
+    for other in (["--negative", "house"], ["--guidance", "1"], ["--sampler", "heun"], ["--label", "tree"]):
+        assert main([*ask, "-n", "4", "--scale", "1", "--out", str(out), *other]) == 0
+        assert out.read_bytes() != first, other
+
+
+def test_without_a_label_every_kind_in_turn(tmp_path):
+    out = tmp_path / "kinds.png"
+    assert main(["generate", "--model", "class", "-n", "16", "--steps", "2", "--scale", "1", "--out", str(out)]) == 0
+    assert Image.open(out).size == (8 * 34 - 2, 2 * 34 - 2)  # a column for each of the eight kinds
+
+
+def test_the_example_of_lesson_05(tmp_path):
+    from minisd.metrics import read_attributes
+
+    out = tmp_path / "boats.png"
+    ask = ["generate", "--model", "class", "--label", "boat", "--guidance", "3", "--sampler", "dpmpp_2m", "--steps", "20"]
+    assert main([*ask, "-n", "16", "--scale", "1", "--out", str(out)]) == 0
+    grid = torch.from_numpy(np.asarray(Image.open(out)).copy()).permute(2, 0, 1) / 127.5 - 1  # (3, 134, 134)
+    pictures = torch.stack([grid[:, 34 * r : 34 * r + 32, 34 * c : 34 * c + 32] for r in range(4) for c in range(4)])
+    assert ((read_attributes(pictures)["kind"] == KINDS.index("boat")).sum(1) == 1).float().mean() > 0.8
+
+
+def test_train_class_on_a_folder_and_generate(tmp_path, capsys):
+    for name, colour in (("cats", "orange"), ("dogs", "brown")):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (40, 40), colour).save(tmp_path / "pets" / name / f"{i}.png")
+    out = tmp_path / "run"
+    train = ["train", "class", "--steps", "3", "--save-every", "2", "--data", str(tmp_path / "pets"), "--out", str(out)]
+    assert main(train) == 0
+    assert main([*train, "--resume"]) == 0
+    grid = str(tmp_path / "grid.png")
+    assert main(["generate", "--model", str(out), "--label", "dogs", "-n", "1", "--steps", "1", "--out", grid]) == 0
+    capsys.readouterr()
+    assert main(["generate", "--model", str(out), "--label", "boat", "-n", "1", "--steps", "1", "--out", grid]) == 1
+    assert "knows cats, dogs" in capsys.readouterr().err
+    assert main([*train[:-1], str(tmp_path / "other"), "--data", str(tmp_path / "pets" / "cats")]) == 1
+    assert "has no classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["generate", "--model", "class", "--label", "ship"], "unknown label 'ship'; class knows house, tree, boat"),
+        (["generate", "--model", "class", "--negative", "ship"], "unknown label 'ship'"),
+        (["generate", "--model", "class", "--negative", "boat", "--guidance", "1"], "--negative needs guidance"),
+        (["generate", "--model", "ddpm", "--guidance", "3"], "--guidance needs a model with classes, such as 'class'; ddpm has none"),
+        (["generate", "--model", "ddpm", "--label", "boat"], "--label needs a model with classes"),
+        (["generate", "--sampler", "lms"], "Unknown sampler 'lms'; known are ddpm, ddim"),
+        (["generate", "--spacing", "even"], "Unknown spacing 'even'; known are leading"),
         (["generate", "--model", "nowhere"], "no model in 'nowhere'"),
         (["generate", "--model", "probe"], "holds no diffusion model"),
         (["generate", "--out", "picture.txt"], "must end in .png"),
@@ -51,7 +121,10 @@ def test_mistakes_end_with_one_sentence(arguments, message, capsys, tmp_path, mo
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("arguments", [["generate", "-n", "0"], ["generate", "-n", "x"], ["train", "gan", "--out", "x"], ["paint"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate", "-n", "0"], ["generate", "-n", "x"], ["generate", "--guidance", "nan"], ["train", "gan", "--out", "x"], ["paint"], []],
+)
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -433,6 +433,8 @@ def test_warning_for_a_batch_is_one(clip):
     assert rows.shape == (5, 7) and (rows[1:, -1] == clip.end_id).all()
     (warning,) = caught
     assert str(warning.message) == "4 of 5 texts are longer than the 5 tokens that fit; cut off: '…realistic house', 'six', '6 7', …"
+    with pytest.warns(UserWarning, match="^1 of 5 texts is longer than"):
+        clip([*texts[:4], "word " * 80])
     with pytest.warns(UserWarning) as caught:
         clip("word " * 2000)
     assert len(str(caught[0].message)) < 400
