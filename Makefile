@@ -16,10 +16,10 @@ $(shell rm -f $(READY))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test course export update exercises format bench lock clean
+.PHONY: help setup lab test test-full course export update exercises format bench lock clean
 
 help: ## show these lines
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## make .venv and install everything, once
 
@@ -32,6 +32,9 @@ lab: $(READY) ## open the course in JupyterLab (LAB_FLAGS="--no-browser --port 9
 
 test: $(READY) ## run every check: format, package in sync, unit tests, lessons, exercises
 	@$(RUN) tools/test_all.py
+
+test-full: $(READY) ## compare with other libraries at the published sizes (up to 8 GB of memory)
+	$(RUN) -m pytest -m full tests
 
 course: $(READY) ## run all lessons for real and store their outputs (LESSONS=01_noise for one)
 	$(RUN) tools/run_lessons.py $(LESSONS)

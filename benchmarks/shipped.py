@@ -1,15 +1,17 @@
 """Measure the shipped models on fresh seeds: the numbers on their cards. python benchmarks/shipped.py [NAME ...] [--count 500]"""
 
 import argparse
+import dataclasses
 import time
 
 import torch
 
+from minisd.clip import load_clip, retrieval
 from minisd.ddpm import load_ddpm, sample_ddpm
 from minisd.drawing import render
 from minisd.guidance import Guided, load_class
 from minisd.metrics import frechet_distance, nearest, read_attributes
-from minisd.postcards import KINDS, sample_scenes
+from minisd.postcards import COLOURS, KINDS, captions, sample_scenes
 from minisd.probe import load_probe, probe_accuracy
 from minisd.samplers import sample
 from minisd.utils import fast_dtype
@@ -56,7 +58,7 @@ def measure_ddpm(count: int) -> None:
 
 
 def measure_class(count: int) -> None:
-    """For several guidance scales: share of samples with the asked kind and nothing else, Fréchet distance; what the null class draws."""
+    """For several guidance scales: share of samples with the asked kind and nothing else, Fréchet distance; what is drawn unasked."""
     denoiser = load_class(device="cpu")
     null = denoiser.model.null_class
     real = render(sample_scenes(count, split="valid", seed=FRESH, things=1), 32)
@@ -86,13 +88,53 @@ def measure_class(count: int) -> None:
             f"median distance to the nearest training picture {distances.median():.3f}, {seconds:.3f} s a picture",
             flush=True,
         )
-    samples, _ = draw(1, torch.full((count,), null))
-    kinds = read_attributes(samples)["kind"].max(1).values
-    shares = {name: round((kinds == k).float().mean().item(), 3) for k, name in enumerate(KINDS)}
-    print(f"null class: Fréchet distance {frechet_distance(samples, real):.2f}, kinds {shares}")
+    parts = torch.arange(count).split(100)
+    unasked = load_ddpm(device="cpu")  # the model that the training began with
+    free = [sample(unasked, (len(part), 3, 32, 32), steps=25, seed=FRESH + i, progress=False) for i, part in enumerate(parts)]
+    for name, samples in (("null class", draw(1, torch.full((count,), null))[0]), ("unconditional model", torch.cat(free))):
+        kinds = read_attributes(samples)["kind"]
+        kinds = kinds.max(1).values[(kinds >= 0).sum(1) == 1]  # where there is exactly one thing
+        counts = torch.bincount(kinds, minlength=null)
+        even = len(kinds) / null
+        shares = {kind: f"{100 * share:.1f} %" for kind, share in zip(KINDS, (counts / count).tolist())}
+        print(
+            f"{name}: Fréchet distance {frechet_distance(samples, real):.2f}, kinds {shares}, "
+            f"unevenness {((counts - even) ** 2 / even).sum():.1f} (an even model: 7 ± 4)",
+            flush=True,
+        )
 
 
-MEASURES = {"probe": measure_probe, "ddpm": measure_ddpm, "class": measure_class}
+def measure_clip(count: int) -> None:
+    """Retrieval among 100 both ways, zero-shot kinds and colours, and how often a picture prefers its caption to the swapped one."""
+    model, tokenizer = load_clip(device="cpu")
+    for split in ("valid", "novel"):
+        for things in (1, 2):
+            scenes = sample_scenes(max(100, count), split=split, seed=FRESH, things=things)
+            images, ids = render(scenes, 32), tokenizer(captions(scenes, seed=FRESH))
+            to_text, to_picture = retrieval(model, images, ids)
+            line = f"{split}, {things} thing{'s' * (things == 2)}: "
+            line += f"caption for a picture {to_text:.1%}, picture for a caption {to_picture:.1%}"
+            with torch.no_grad():
+                pictures, texts = model.encode_image(images), model.encode_text(ids)
+                if things == 1:
+                    wheres = ("on grass by day", "on sand at sunset", "in the snow at night", "at sea by day")
+                    by_colour = [[f"a {colour} {kind} {where}" for kind in KINDS for where in wheres] for colour in COLOURS]
+                    by_kind = [[f"a {colour} {kind} {where}" for colour in COLOURS for where in wheres] for kind in KINDS]
+                    for name, sentences in (("kind", by_kind), ("colour", by_colour)):
+                        classes = torch.stack([model.encode_text(tokenizer(each)).mean(0) for each in sentences])
+                        right = (pictures @ torch.nn.functional.normalize(classes, dim=1).T).argmax(1) == getattr(scenes, name)[:, 0]
+                        line += f", {name} {right.float().mean():.1%}"
+                else:
+                    different = (scenes.kind[:, 0] != scenes.kind[:, 1]) & (scenes.colour[:, 0] != scenes.colour[:, 1])
+                    for what, fields in (("colours", ("colour",)), ("sides", ("colour", "kind"))):
+                        swapped = dataclasses.replace(scenes, **{field: getattr(scenes, field).flip(1) for field in fields})
+                        others = model.encode_text(tokenizer(captions(swapped, seed=FRESH)))
+                        prefers = (pictures * texts).sum(1) > (pictures * others).sum(1)
+                        line += f", prefers its caption to the one with {what} swapped {prefers[different].float().mean():.1%}"
+            print(line, flush=True)
+
+
+MEASURES = {"probe": measure_probe, "ddpm": measure_ddpm, "class": measure_class, "clip": measure_clip}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-TRAINING_STEPS = {"ddpm": 5000, "class": 5000, "probe": 3000}
+TRAINING_STEPS = {"ddpm": 3000, "class": 2000, "clip": 1000, "probe": 3000}
 
 
 def whole_number(smallest: int):
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     train = verbs.add_parser("train", help="train one of the course's models", description="Train one of the course's models.")
-    models = "ddpm: unconditional 32x32 pictures; class: pictures of the kind that is asked for; probe: reads postcards"
+    models = "ddpm: unconditional 32x32 pictures; class: pictures of the kind that is asked for; clip: captions and pictures; probe"
     train.add_argument("model", choices=list(TRAINING_STEPS), help=models)
     defaults = ", ".join(f"{steps} for {name}" for name, steps in TRAINING_STEPS.items())
     train.add_argument("--steps", type=whole_number(1), help=f"training steps (default: {defaults})")
@@ -44,15 +44,15 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=whole_number(0), default=0)
     sources = "ddpm, class: 'postcards', a folder of pictures (class: with a sub-folder for each class) or a Hub id (default: postcards)"
     train.add_argument("--data", default="postcards", help=sources)
-    train.add_argument("--pictures", type=whole_number(1), help="ddpm, class: how many (default: 20000 postcards, or all of yours)")
+    train.add_argument("--pictures", type=whole_number(1), help="ddpm, class, clip: how many (default: 20000 postcards, or all of yours)")
     train.add_argument("--save-every", type=whole_number(1), default=200, help="steps between checkpoints (default: 200)")
 
     generate = verbs.add_parser("generate", help="draw pictures", description="Draw pictures with a trained model.")
     generate.add_argument("--model", default="ddpm", help="a shipped model's name or a folder that train wrote (default: ddpm)")
     generate.add_argument("-n", type=whole_number(1), default=16, help="how many pictures (default: 16)")
-    generate.add_argument("--steps", type=whole_number(1), default=25, help="sampling steps, up to 1000 (default: 25)")
-    generate.add_argument("--sampler", default="dpmpp_2m", help="ddpm, ddim, euler, euler_ancestral, heun or dpmpp_2m (default: dpmpp_2m)")
-    generate.add_argument("--spacing", default="trailing", help="of the steps: leading, trailing, linspace or karras (default: trailing)")
+    generate.add_argument("--steps", type=whole_number(1), help="sampling steps, up to 1000 (default: 20)")
+    generate.add_argument("--sampler", help="ddpm, ddim, euler, euler_ancestral, heun or dpmpp_2m (default: dpmpp_2m)")
+    generate.add_argument("--spacing", help="of the steps: leading, trailing, linspace or karras (default: karras)")
     generate.add_argument("--label", help="models with classes: what to draw, such as boat (default: each class in turn)")
     generate.add_argument("--guidance", type=number, help="models with classes: guidance scale; 1 is none (default: the model's own, 3)")
     generate.add_argument("--negative", help="models with classes: a class to stay away from")
@@ -60,6 +60,21 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, default=Path("grid.png"), help="picture file for the grid (default: grid.png)")
     generate.add_argument("--scale", type=whole_number(1), default=4, help="enlarge each pixel this many times (default: 4)")
     return parser
+
+
+def described_postcards(count: int, size: int, phrasings: int = 4) -> tuple:
+    """Training postcards, half of them with one thing and half with two, as a tensor (N, 3, size, size), and N tuples of captions."""
+    import torch
+
+    from minisd.drawing import render
+    from minisd.postcards import captions, sample_scenes
+
+    parts = [
+        sample_scenes(number, split="train", seed=things - 1, things=things)
+        for things, number in ((1, count - count // 2), (2, count // 2))
+    ]
+    texts = [each for part in parts for each in zip(*(captions(part, seed=seed) for seed in range(phrasings)))]
+    return torch.cat([render(part, size) for part in parts if len(part)]), texts
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -70,6 +85,14 @@ def run_train(options: argparse.Namespace) -> None:
         from minisd.probe import train_probe
 
         trained = train_probe(**run)
+    elif options.model == "clip":
+        from minisd.clip import train_clip
+
+        if options.data != "postcards":
+            raise ValueError("clip learns from postcards and their captions; --data is for ddpm and class.")
+        images, texts = described_postcards(options.pictures or 20_000, size=32)
+        print(f"training on {len(images)} pictures with {len(texts[0])} captions each", flush=True)
+        trained, _ = train_clip(images, texts, **run)
     else:
         import torch
 
@@ -132,11 +155,12 @@ def run_generate(options: argparse.Namespace) -> None:
         denoiser, conditions = told_what(options, config)
         columns = len(config["classes"]) if options.label is None else columns
     else:
-        if asked := [flag for flag in ("label", "guidance", "negative") if getattr(options, flag) is not None]:
-            raise ValueError(f"--{asked[0]} needs a model with classes, such as 'class'; {options.model} has none.")
+        if flags := [flag for flag in ("label", "guidance", "negative") if getattr(options, flag) is not None]:
+            raise ValueError(f"--{flags[0]} needs a model with classes, such as 'class'; {options.model} has none.")
         denoiser, conditions = load_ddpm(options.model), {}
     shape = (options.n, 3, denoiser.size, denoiser.size)
-    images = sample(denoiser, shape, options.sampler, options.steps, options.spacing, options.seed, **conditions)
+    asked = {name: getattr(options, name) for name in ("sampler", "steps", "spacing") if getattr(options, name) is not None}
+    images = sample(denoiser, shape, seed=options.seed, **asked, **conditions)  # what was not asked for is as `sample` has it
     make_grid(images, columns=min(8, columns), scale=options.scale).save(options.out)
     print(f"{options.n} pictures in {options.out}")
 

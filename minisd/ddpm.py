@@ -18,7 +18,17 @@ from minisd.utils import default_device, fast_dtype, fast_mode
 from minisd.weights import load_into, read_model, save_model
 
 # %% auto #0
-__all__ = ["DDPM_CONFIG", "diffusion_loss", "Denoiser", "sample_ddpm", "Folded", "train_ddpm", "load_ddpm"]
+__all__ = [
+    "DDPM_CONFIG",
+    "diffusion_loss",
+    "Denoiser",
+    "sample_ddpm",
+    "Folded",
+    "weigh_as_v",
+    "middle_timesteps",
+    "train_ddpm",
+    "load_ddpm",
+]
 
 
 # %% ../lessons/03_ddpm.ipynb #f4f484d2
@@ -26,12 +36,14 @@ def diffusion_loss(
     schedule: NoiseSchedule,
     prediction_type: str = "epsilon",
     pick_timesteps: Callable[[int, int, torch.Generator], torch.Tensor] | None = None,
+    weigh: Callable[[NoiseSchedule, torch.Tensor], torch.Tensor] | None = None,
 ) -> Callable[..., torch.Tensor]:
     """The loss of DDPM's algorithm 1 (Ho et al. 2020, eq. 14), as `train` wants it: `loss_fn(model, images, generator)`.
 
     A timestep is drawn for each picture, the picture is noised to it, and the model's answer is compared with
     what `prediction_type` asks for ("epsilon", "sample" or "v_prediction"): the mean squared error, a scalar.
     `pick_timesteps(count, num_timesteps, generator)` draws the (count,) timesteps of a batch; by default each is equally likely.
+    `weigh(schedule, timesteps)` says how much each picture's error counts, (B,); by default all count alike.
     `loss_fn` hands further keywords, such as labels, on to the model.
     """
 
@@ -45,7 +57,10 @@ def diffusion_loss(
         target = schedule.target(images, noise, timesteps, prediction_type)
         device = next(model.parameters()).device
         output = model(noisy.to(device), timesteps.to(device), **conditions)
-        return nn.functional.mse_loss(output.float(), target.to(device))
+        errors = (output.float() - target.to(device)).square().flatten(1).mean(1)  # (B,)
+        if weigh is not None:
+            errors = errors * weigh(schedule, timesteps).to(device)
+        return errors.mean()
 
     return loss_fn
 
@@ -149,23 +164,41 @@ class Folded(nn.Module):
     Folding only moves numbers: (B, 3, H, W) becomes (B, 3 fold², H / fold, W / fold), and noise stays noise.
     """
 
-    def __init__(self, unet: UNet, fold: int = 2):
+    def __init__(self, unet: UNet, fold: int = 4):
         super().__init__()
         self.unet = unet
         self.fold = fold
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
-        folded = nn.functional.pixel_unshuffle(x, self.fold)  # (B, 12, H/2, W/2)
+        folded = nn.functional.pixel_unshuffle(x, self.fold)  # (B, 3 fold², H/fold, W/fold)
         return nn.functional.pixel_shuffle(self.unet(folded, timesteps, **conditions), self.fold)  # (B, 3, H, W)
+
+
+# %% ../lessons/03_ddpm.ipynb #11412858
+def weigh_as_v(schedule: NoiseSchedule, timesteps: torch.Tensor, limit: float = 20.0) -> torch.Tensor:
+    """How much an error in x0 counts, (B,): as much as the error in v that it makes, 1 / noise_scale^2 times itself, but at most `limit`.
+
+    The limit is that of Hang et al. 2023 (arXiv:2303.09556), section 3.4, there on the ratio of signal to noise.
+    """
+    return (1 / (1 - schedule.alphas_cumprod[timesteps])).clamp(max=limit)
+
+
+# %% ../lessons/03_ddpm.ipynb #21946502
+def middle_timesteps(count: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
+    """(count,) timesteps: four in five where shapes are decided, t / T = sigmoid(0.5 + 1.1 n) with n normal, the rest anywhere."""
+    middle = torch.sigmoid(0.5 + 1.1 * torch.randn(count, generator=generator))
+    anywhere = torch.rand(count, generator=generator)
+    share = torch.where(torch.rand(count, generator=generator) < 0.2, anywhere, middle)
+    return (num_timesteps * share).long().clamp(max=num_timesteps - 1)
 
 
 # %% ../lessons/03_ddpm.ipynb #c8e6af33
 DDPM_CONFIG = {
     "size": 32,
-    "fold": 2,
-    "unet": {"in_channels": 12, "out_channels": 12, "block_out_channels": (80, 160), "layers_per_block": 1, "norm_num_groups": 5},
+    "fold": 4,
+    "unet": {"in_channels": 48, "out_channels": 48, "block_out_channels": (112, 112), "layers_per_block": 1, "norm_num_groups": 7},
     "schedule": "cosine",
-    "prediction_type": "v_prediction",
+    "prediction_type": "sample",
 }
 
 
@@ -176,8 +209,9 @@ def train_ddpm(images: torch.Tensor, steps: int, out: str | Path | None = None, 
     """
     torch.manual_seed(seed)  # the first weights
     model = Folded(UNet(**DDPM_CONFIG["unet"]), DDPM_CONFIG["fold"])
-    loss_fn = diffusion_loss(NoiseSchedule(DDPM_CONFIG["schedule"]), DDPM_CONFIG["prediction_type"])
-    trained = train(model, loss_fn, images, steps=steps, batch_size=16, lr=2e-3, out=out, resume=resume, seed=seed, **options)
+    loss_fn = diffusion_loss(NoiseSchedule(DDPM_CONFIG["schedule"]), DDPM_CONFIG["prediction_type"], middle_timesteps, weigh_as_v)
+    run = dict(batch_size=32, lr=2e-3, optimizer="muon", out=out, resume=resume, seed=seed)
+    trained = train(model, loss_fn, images, steps=steps, **run, **options)
     if out is not None:
         save_model(out, trained.model.unet, DDPM_CONFIG | {"steps": steps, "seed": seed})
     return trained

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minisd.ddpm import Denoiser, Folded, diffusion_loss
+from minisd.ddpm import DDPM_CONFIG, Denoiser, Folded, diffusion_loss, middle_timesteps, weigh_as_v
 from minisd.noise import NoiseSchedule
 from minisd.postcards import KINDS
 from minisd.train import Trained, train
@@ -25,13 +25,13 @@ __all__ = [
     "CLASS_CONFIG",
     "ClassConditional",
     "Guided",
-    "rescale_contrast",
     "drop_labels",
     "build_class_model",
+    "load_start",
     "load_class",
-    "middle_timesteps",
     "class_loss",
     "train_class",
+    "rescale_contrast",
     "NoisyClassifier",
     "classifier_loss",
     "classifier_gradient",
@@ -113,18 +113,6 @@ class Guided(Denoiser):
         return x0, self.schedule.predict_noise(x_t, x0, t, "sample")
 
 
-# %% ../lessons/05_guidance.ipynb #f9615b9e
-def rescale_contrast(guided: torch.Tensor, asked: torch.Tensor, amount: float) -> torch.Tensor:
-    """Bring each picture of `guided` (B, ...) to the standard deviation that the same picture has in `asked`; `amount` from 0 to 1 mixes.
-
-    Lin et al. 2023 (arXiv:2305.08891), eq. 15 and 16, with `amount` for their phi. They rescale the network's output, whatever it
-    predicts; here it is the guess of x0, so that it means the same for every prediction type.
-    """
-    axes = tuple(range(1, guided.ndim))
-    matched = guided * asked.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
-    return amount * matched + (1 - amount) * guided
-
-
 # %% ../lessons/05_guidance.ipynb #b0c996d7
 def drop_labels(labels: torch.Tensor, null_class: int, probability: float, generator: torch.Generator) -> torch.Tensor:
     """Replace each of `labels` (B,) by the null class with `probability`. Ho and Salimans 2022, algorithm 1."""
@@ -132,13 +120,8 @@ def drop_labels(labels: torch.Tensor, null_class: int, probability: float, gener
     return torch.where(dropped, null_class, labels)
 
 
-# %% ../lessons/05_guidance.ipynb #31144dbf
-CLASS_CONFIG = {
-    "size": 32,
-    "fold": 4,
-    "unet": {"in_channels": 48, "out_channels": 48, "block_out_channels": (112, 112), "layers_per_block": 1, "norm_num_groups": 7},
-    "schedule": "cosine",
-    "prediction_type": "v_prediction",
+# %% ../lessons/05_guidance.ipynb #19c08152
+CLASS_CONFIG = DDPM_CONFIG | {
     "classes": list(KINDS),
     "guidance": 3.0,  # the scale to draw with where none is given
 }
@@ -147,6 +130,25 @@ CLASS_CONFIG = {
 def build_class_model(config: dict[str, Any]) -> ClassConditional:
     """An untrained class-conditional model for a configuration such as `CLASS_CONFIG`."""
     return ClassConditional(Folded(UNet(**config["unet"]), config["fold"]), len(config["classes"]))
+
+
+def load_start(model: ClassConditional, config: dict[str, Any], start: str | Path = "ddpm") -> None:
+    """Copy the weights of an unconditional model, shipped or in a folder, into `model`, built for `config`; its table stays as it is.
+
+    Raises `FileNotFoundError` where there is no model, and `ValueError` where it has classes already, is no diffusion model, or
+    differs from `config` in size, fold, UNet, schedule or prediction type.
+    """
+    found, weights = read_model(start)
+    if "classes" in found:
+        raise ValueError(f"{str(start)!r} is told a class already; start must be an unconditional model, such as 'ddpm', or None.")
+    if "unet" not in found:
+        raise ValueError(f"{str(start)!r} holds no diffusion model: its config.json has no 'unet'.")
+    ours, theirs = config | config["unet"], found | found["unet"]
+    for name in ("size", "fold", *config["unet"], "schedule", "prediction_type"):
+        our, their = (list(value) if isinstance(value, tuple) else value for value in (ours[name], theirs.get(name)))
+        if our != their:  # lists: the file is JSON, which knows no tuples
+            raise ValueError(f"{str(start)!r} cannot be the start: its {name} is {their!r}, and this model needs {our!r}.")
+    load_into(model.net.unet, weights, start)
 
 
 # %% ../lessons/05_guidance.ipynb #f739fc82
@@ -161,17 +163,13 @@ def load_class(name_or_folder: str | Path = "class", device: torch.device | str 
 
 
 # %% ../lessons/05_guidance.ipynb #f7409c7c
-def middle_timesteps(count: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
-    """(count,) timesteps: four in five where the kind is decided, t / T = sigmoid(0.5 + 1.1 n) with n normal, the rest anywhere."""
-    middle = torch.sigmoid(0.5 + 1.1 * torch.randn(count, generator=generator))
-    anywhere = torch.rand(count, generator=generator)
-    share = torch.where(torch.rand(count, generator=generator) < 0.2, anywhere, middle)
-    return (num_timesteps * share).long().clamp(max=num_timesteps - 1)
-
-
 def class_loss(schedule: NoiseSchedule, prediction_type: str, null_class: int, dropout: float = 0.1) -> Callable[..., torch.Tensor]:
-    """`diffusion_loss` for batches of (images, labels): labels dropped with probability `dropout`, timesteps from `middle_timesteps`."""
-    diffusion = diffusion_loss(schedule, prediction_type, middle_timesteps)
+    """`diffusion_loss` for batches of (images, labels): labels dropped with probability `dropout`, timesteps from `middle_timesteps`.
+
+    A model that is asked for x0 ("sample") has its errors weighed with `weigh_as_v`; for any other, all count alike.
+    """
+    weigh = weigh_as_v if prediction_type == "sample" else None
+    diffusion = diffusion_loss(schedule, prediction_type, middle_timesteps, weigh)
 
     def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
         pictures, labels = batch
@@ -180,7 +178,7 @@ def class_loss(schedule: NoiseSchedule, prediction_type: str, null_class: int, d
     return loss_fn
 
 
-# %% ../lessons/05_guidance.ipynb #e6cc68ce
+# %% ../lessons/05_guidance.ipynb #4f214df0
 def train_class(
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -189,23 +187,40 @@ def train_class(
     resume: bool = False,
     seed: int = 0,
     classes: Sequence[str] = KINDS,
+    start: str | Path | None = "ddpm",
     **options,
 ) -> Trained:
     """Train the course's class-conditional model on images (N, 3, 32, 32) in [-1, 1] and labels (N,); with `out`, keep the result there.
 
+    `start`: the unconditional model whose weights are the beginning, shipped ("ddpm") or in a folder; None begins with random ones.
     `classes`: the names of the labels 0, 1, ...; `options` go to `train` (`device`, `dtype`, `progress`, `callback`, ...).
-    Raises `ValueError` when labels and images or classes do not fit.
+    Raises `ValueError` when labels and images or classes do not fit, or when `start` does not (see `load_start`).
     """
     if labels.shape != (len(images),) or labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(f"labels must be ({len(images)},) integers in 0 ... {len(classes) - 1}, one for each image.")
     config = CLASS_CONFIG | {"classes": list(classes)}
-    torch.manual_seed(seed)  # the first weights
+    torch.manual_seed(seed)  # the first weights: all of them, or those of the table
     model = build_class_model(config)
+    if start is not None:
+        load_start(model, config, start)
     loss_fn = class_loss(NoiseSchedule(config["schedule"]), config["prediction_type"], model.null_class)
-    trained = train(model, loss_fn, (images, labels), steps=steps, batch_size=32, lr=2e-3, out=out, resume=resume, seed=seed, **options)
+    run = dict(batch_size=32, lr=2e-3, optimizer="muon", out=out, resume=resume, seed=seed)
+    trained = train(model, loss_fn, (images, labels), steps=steps, **run, **options)
     if out is not None:
         save_model(out, trained.model, config | {"steps": steps, "seed": seed})
     return trained
+
+
+# %% ../lessons/05_guidance.ipynb #f9615b9e
+def rescale_contrast(guided: torch.Tensor, asked: torch.Tensor, amount: float) -> torch.Tensor:
+    """Bring each picture of `guided` (B, ...) to the standard deviation that the same picture has in `asked`; `amount` from 0 to 1 mixes.
+
+    Lin et al. 2023 (arXiv:2305.08891), eq. 15 and 16, with `amount` for their phi. They rescale the network's output, whatever it
+    predicts; here it is the guess of x0, so that it means the same for every prediction type.
+    """
+    axes = tuple(range(1, guided.ndim))
+    matched = guided * asked.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return amount * matched + (1 - amount) * guided
 
 
 # %% ../lessons/05_guidance.ipynb #86a9bde5

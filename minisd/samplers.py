@@ -311,6 +311,7 @@ def ddim_invert(
 
     Each step solves DDIM's for its start by `iterations` rounds of x = x' + (sigma - sigma') noise(x), in units of the signal; one round
     is the usual shortcut. With short first steps ("karras") more rounds converge to the exact noise; `callback(t, x, x0)` sees each result.
+    A model that answers x0 knows the noise badly where there is hardly any: end its path near sigma = 0.1 (`make_path(..., end=...)`).
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}.")

@@ -20,7 +20,20 @@ Batch = torch.Tensor | tuple[torch.Tensor, ...]
 LossFunction = Callable[[nn.Module, Any, torch.Generator], torch.Tensor]
 
 # %% auto #0
-__all__ = ["Batch", "LossFunction", "learning_rate_factor", "EMA", "save_atomically", "load_checkpoint", "Trained", "pick_batch", "train"]
+__all__ = [
+    "Batch",
+    "LossFunction",
+    "learning_rate_factor",
+    "EMA",
+    "orthogonalize",
+    "Muon",
+    "make_optimizers",
+    "save_atomically",
+    "load_checkpoint",
+    "Trained",
+    "pick_batch",
+    "train",
+]
 
 
 # %% ../lessons/03_ddpm.ipynb #ab1e0c45
@@ -58,6 +71,70 @@ class EMA:
         torch._foreach_lerp_(averages, currents, 1 - decay)
 
 
+# %% ../lessons/03_ddpm.ipynb #224d1ecb
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Bring all singular values of each matrix (..., M, N) near 1 and keep its singular vectors: all directions equally long.
+
+    The Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): x (a + b x^2 + c x^4), `steps` times, drives
+    every singular value x from (0, 1] into 0.7 ... 1.2. Here the factors are gathered on the small side, M x M, and multiplied at the end.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is above 1 now
+    squared = x @ x.mT  # (..., M, M): its eigenvalues are the squares of the singular values
+    eye = torch.eye(squared.shape[-1], dtype=x.dtype, device=x.device)
+    factor = eye
+    for _ in range(steps):
+        polynomial = 3.4445 * eye - 4.7750 * squared + 2.0315 * (squared @ squared)
+        factor = polynomial @ factor
+        squared = polynomial @ squared @ polynomial
+    x = factor @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized: each weight, taken as a matrix (a convolution's: outputs x all else), moves equally far in all directions.
+
+    Jordan et al. 2024; the length of a step, 0.2 sqrt(max(M, N)) lr, is that of Liu et al. 2025 (arXiv:2502.16982, eq. 4): as long as
+    AdamW's usual one, so that both can share a learning rate. Weights of one shape are treated together.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(weights, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_shape.setdefault((len(weight), weight[0].numel()), []).append(weight)
+            for shape, weights in by_shape.items():
+                gradients = [weight.grad.reshape(shape).float() for weight in weights]
+                for weight, gradient in zip(weights, gradients):
+                    average = self.state[weight].setdefault("average", torch.zeros_like(gradient))
+                    average.lerp_(gradient, 1 - group["momentum"])
+                ahead = [gradient.lerp(self.state[weight]["average"], group["momentum"]) for weight, gradient in zip(weights, gradients)]
+                updates = orthogonalize(torch.stack(ahead)) * (0.2 * max(shape) ** 0.5 * group["lr"])
+                for weight, update in zip(weights, updates):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.reshape(weight.shape))
+
+
+def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """ "adamw": AdamW for all parameters. "muon": Muon for those with two axes or more, but for tables of vectors; AdamW for the rest."""
+    if name not in ("adamw", "muon"):
+        raise ValueError(f"unknown optimizer {name!r}; known: adamw, muon.")
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in parameters if name == "muon" and p.ndim >= 2 and id(p) not in tables]
+    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
+    if others:
+        fused = others[0].device.type != "mps"
+        optimizers.append(torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=fused))
+    return optimizers
+
+
 # %% ../lessons/03_ddpm.ipynb #d46fdae1
 def save_atomically(save: Callable[[Path], None], path: str | Path) -> None:
     """Call `save` with a temporary name beside `path`, then rename: whatever happens, `path` holds the old file or the new one, whole."""
@@ -77,7 +154,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint that `train` wrote. Raises `ValueError` in one sentence when the file is not one, or is damaged."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in ("step", "settings", "model", "ema", "optimizer", "losses")}
+        return {key: checkpoint[key] for key in ("step", "settings", "model", "ema", "optimizers", "losses")}
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -117,6 +194,7 @@ def train(
     steps: int,
     batch_size: int = 64,
     lr: float = 1e-3,
+    optimizer: str = "adamw",
     weight_decay: float = 0.0,
     warmup: int = 100,
     cooldown: float = 1 / 3,
@@ -132,11 +210,12 @@ def train(
     callback: Callable[[int, nn.Module], None] | None = None,
     callback_every: int = 0,
 ) -> Trained:
-    """Train any model with any loss: AdamW, warm-up and cool-down, clipped gradients, averaged weights, mixed precision, checkpoints.
+    """Train any model with any loss: AdamW or Muon, warm-up, cool-down, clipped gradients, averaged weights, mixed precision, checkpoints.
 
     `loss_fn(model, batch, generator)` gives a scalar; all its randomness comes from `generator` (a CPU generator).
     `data`: one tensor, several with the same first axis (a batch is then a tuple), or a function `(step, generator) -> batch`.
-    `lr`: the highest learning rate; `warmup`, `cooldown`: see `learning_rate_factor`; `clip`: the largest gradient norm let through.
+    `optimizer`: "adamw" or "muon" (see `make_optimizers`). `lr`: the highest learning rate.
+    `warmup`, `cooldown`: see `learning_rate_factor`. `clip`: the largest gradient norm let through.
     `out`: folder for `checkpoint.pt`, written atomically every `save_every` steps and at the end; `resume`: go on from it, and end
     with the same weights, bit for bit, as a run that was never stopped (same machine, same thread count).
     `dtype`: of the products inside the model; the weights stay float32. `progress`: a bar (default: yes, unless in fast mode).
@@ -154,10 +233,10 @@ def train(
     if not callable(data) and (len(tensors) == 0 or len(tensors[0]) == 0 or len({len(tensor) for tensor in tensors}) != 1):
         raise ValueError(f"data must be tensors with one common, non-zero length, got lengths {[len(tensor) for tensor in tensors]}.")
     settings = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup, cooldown=cooldown)
-    settings |= dict(ema_decay=ema_decay, clip=clip, seed=seed, dtype=str(dtype))
+    settings |= dict(optimizer=optimizer, ema_decay=ema_decay, clip=clip, seed=seed, dtype=str(dtype))
 
     model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=device.type != "mps")
+    optimizers = make_optimizers(model, optimizer, lr, weight_decay)
     ema = EMA(model, ema_decay)
     losses: list[float] = []
     first = 0
@@ -173,14 +252,15 @@ def train(
         if differing:
             raise ValueError(f"cannot resume {out}: the run was started with {', '.join(differing)}.")
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for each, state in zip(optimizers, checkpoint["optimizers"]):
+            each.load_state_dict(state)
         ema.weights = {name: tensor.to(device) for name, tensor in checkpoint["ema"].items()}
         losses, first = checkpoint["losses"], checkpoint["step"]
 
     def save(step: int) -> None:
         if path is not None:
             state = dict(step=step, settings=settings, model=model.state_dict(), ema=ema.weights)
-            state |= dict(optimizer=optimizer.state_dict(), losses=losses)
+            state |= dict(optimizers=[each.state_dict() for each in optimizers], losses=losses)
             save_atomically(lambda temporary: torch.save(state, temporary), path)
 
     def call_back(step: int) -> None:
@@ -200,12 +280,12 @@ def train(
             torch.manual_seed(seed * 1_000_003 + step)  # for layers that draw on their own, such as dropout
             batch = data(step, generator) if callable(data) else pick_batch(tensors, step, batch_size, seed)
             batch = batch[0] if single else batch
-            for group in optimizer.param_groups:
+            for group in (group for each in optimizers for group in each.param_groups):
                 group["lr"] = lr * learning_rate_factor(step, steps, warmup, cooldown)
 
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = loss_fn(model, batch, generator)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
             value = loss.item()
@@ -213,7 +293,8 @@ def train(
                 what = "loss" if not math.isfinite(value) else "gradient"
                 kept = f"; the last good checkpoint is {path.name} in {out}" if path is not None and path.exists() else ""
                 raise FloatingPointError(f"the {what} is not finite at step {step}: training stopped{kept}. Try a lower learning rate.")
-            optimizer.step()
+            for each in optimizers:
+                each.step()
             ema.update(model, step)
             losses.append(value)
 

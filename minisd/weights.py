@@ -31,12 +31,17 @@ def save_model(folder: str | Path, model: nn.Module, config: dict[str, Any], dty
     return folder
 
 
+def model_folder(name_or_folder: str | Path) -> Path:
+    """Where a shipped model lies, by its name; any other path is itself."""
+    return PRETRAINED / name_or_folder if str(name_or_folder) in shipped_models() else Path(name_or_folder)
+
+
 def read_model(name_or_folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(config, weights as float32) of a folder that `save_model` wrote, or of a shipped model by its name.
 
     Raises `FileNotFoundError` or `ValueError` with one sentence that says what is missing or damaged.
     """
-    folder = PRETRAINED / name_or_folder if str(name_or_folder) in shipped_models() else Path(name_or_folder)
+    folder = model_folder(name_or_folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             shipped = ", ".join(shipped_models())

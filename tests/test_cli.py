@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import inspect
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from minisd.cli import main
+from minisd.clip import load_clip
 from minisd.postcards import KINDS
 
 
@@ -25,6 +27,30 @@ def test_same_seed_same_file(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["sampler", "steps", "spacing"])
+def test_generate_has_the_defaults_of_sample(name, monkeypatch, tmp_path, capsys):
+    """What the user leaves out is left to `sample`, and the help says what that is."""
+    import minisd.samplers
+
+    handed_on = {}
+
+    def spy(denoiser, shape, **options):
+        handed_on.update(options)
+        return torch.zeros(shape)
+
+    default = inspect.signature(minisd.samplers.sample).parameters[name].default
+    monkeypatch.setattr(minisd.samplers, "sample", spy)
+    out = ["-n", "1", "--out", str(tmp_path / "grid.png")]
+    assert main(["generate", *out]) == 0
+    assert name not in handed_on
+    assert main(["generate", *out, f"--{name}", "7"]) == 0
+    assert str(handed_on[name]) == "7"
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    helped = " ".join(capsys.readouterr().out.split()).split(f"--{name} {name.upper()}")[-1]
+    assert helped.split("(default: ")[1].split(")")[0] == str(default)
+
+
 def test_train_resume_and_generate(tmp_path, capsys):
     out = tmp_path / "run"
     train = ["train", "ddpm", "--steps", "4", "--pictures", "64", "--save-every", "2", "--out", str(out)]
@@ -33,6 +59,15 @@ def test_train_resume_and_generate(tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
     assert main([*train, "--resume"]) == 0
     assert main(["generate", "--model", str(out), "-n", "1", "--steps", "1", "--out", str(tmp_path / "one.png")]) == 0
+
+
+def test_train_clip(tmp_path, capsys):
+    assert main(["train", "clip", "--pictures", "5", "--steps", "1", "--out", str(tmp_path)]) == 0
+    assert "training on 5 pictures with 4 captions each" in capsys.readouterr().out
+    model, tokenizer = load_clip(tmp_path)
+    assert model.encode_text(tokenizer(["a red boat"])).shape == (1, 128)
+    assert main(["train", "clip", "--data", "folder", "--out", str(tmp_path / "b")]) == 1
+    assert "clip learns from postcards" in capsys.readouterr().err
 
 
 def test_asks_for_a_kind_with_any_sampler(tmp_path, capsys):

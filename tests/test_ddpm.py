@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from minisd.ddpm import Denoiser, diffusion_loss, load_ddpm, sample_ddpm, train_ddpm
+from minisd.ddpm import Denoiser, Folded, diffusion_loss, load_ddpm, sample_ddpm, train_ddpm, weigh_as_v
 from minisd.noise import SCHEDULES, NoiseSchedule
 
 
@@ -131,6 +131,24 @@ def test_loss_of_a_perfect_and_of_a_silent_network():
     assert perfect.item() < 1e-5
 
 
+@pytest.mark.parametrize("fold", [1, 2, 4])
+def test_folding_only_moves_numbers(fold):
+    seen = []
+
+    class Echo(nn.Module):
+        def forward(self, x, timesteps, **conditions):
+            seen.append((x, conditions))
+            return x
+
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(Folded(Echo(), fold)(x, torch.tensor([1, 2]), labels=5), x)
+    folded, conditions = seen[0]
+    assert folded.shape == (2, 3 * fold**2, 8 // fold, 8 // fold) and conditions == {"labels": 5}
+    for row, column in ((0, 0), (1, 0), (8 // fold - 1, 8 // fold - 1)):  # a place holds the pixels of its square, and no others
+        square = x[:, :, row * fold : (row + 1) * fold, column * fold : (column + 1) * fold]
+        assert torch.equal(folded[:, :, row, column], square.flatten(1))
+
+
 def test_trained_model_comes_back_from_its_folder(tmp_path):
     images = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     trained = train_ddpm(images, steps=2, out=tmp_path, progress=False)
@@ -152,3 +170,26 @@ def test_shipped_model_draws_postcards():
     assert (things == 1).float().mean() > 0.85
     assert len(seen["kind"].max(1).values.unique()) >= 7
     assert len(seen["ground"].unique()) == 4
+
+
+def test_weighed_error_of_x0_is_the_error_of_v():
+    """Where the limit is not reached: a model that answers x0, and the one that says the same in v, have the same loss."""
+    schedule = NoiseSchedule("cosine")
+    images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noisy_end = lambda count, total, generator: torch.randint(400, total, (count,), generator=generator)  # noqa: E731
+
+    class Half(torch.nn.Module):
+        """Believes that x0 is half of what it sees."""
+
+        def __init__(self, as_v):
+            super().__init__()
+            self.as_v, self.unused = as_v, torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, timesteps):
+            signal, noise = schedule.scales(timesteps, x)
+            return (signal * x - x / 2) / noise if self.as_v else x / 2
+
+    as_x0 = diffusion_loss(schedule, "sample", noisy_end, weigh_as_v)(Half(False), images, torch.Generator().manual_seed(1))
+    as_v = diffusion_loss(schedule, "v_prediction", noisy_end)(Half(True), images, torch.Generator().manual_seed(1))
+    assert abs(as_x0.item() - as_v.item()) < 1e-4 * as_v.item()
+    assert weigh_as_v(schedule, torch.tensor([0])).item() == 20.0

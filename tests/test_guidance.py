@@ -5,7 +5,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import nn
 
-from minisd.ddpm import Denoiser, Folded, load_ddpm
+from minisd.ddpm import DDPM_CONFIG, Denoiser, Folded, load_ddpm, middle_timesteps, weigh_as_v
 from minisd.guidance import (
     CLASS_CONFIG,
     ClassConditional,
@@ -18,7 +18,7 @@ from minisd.guidance import (
     classifier_loss,
     drop_labels,
     load_class,
-    middle_timesteps,
+    load_start,
     rescale_contrast,
     train_class,
 )
@@ -27,6 +27,7 @@ from minisd.postcards import KINDS
 from minisd.samplers import SAMPLERS, sample
 from minisd.train import train
 from minisd.unet import UNet
+from minisd.weights import save_model
 
 NULL = 4
 
@@ -260,6 +261,33 @@ def test_loss_shows_the_model_dropped_labels_and_repeats_with_its_generator():
     assert 10 < (seen[0] == NULL).sum() < 54
 
 
+def test_loss_of_a_model_asked_for_x0_is_that_of_v():
+    """The same guess, given as x0 and as v, costs the same where the weight is not capped; all other kinds count unweighed."""
+    schedule, images = NoiseSchedule("cosine"), torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    class Answers(Toy):
+        def __init__(self, kind):
+            super().__init__()
+            self.kind = kind
+
+        def forward(self, x, timesteps, labels):
+            x0 = 0.5 * images + 0 * self.table.sum()
+            noise = schedule.predict_noise(x, x0, timesteps, "sample")
+            return schedule.target(x0, noise, timesteps, self.kind)
+
+    def loss(kind):
+        return class_loss(schedule, kind, NULL)(Answers(kind), (images, torch.zeros(256).long()), torch.Generator().manual_seed(1))
+
+    generator = torch.Generator().manual_seed(1)
+    drop_labels(torch.zeros(256).long(), NULL, 0.1, generator)  # the labels are drawn first
+    steps = middle_timesteps(256, 1000, generator)
+    uncapped, weight = 1 / (1 - schedule.alphas_cumprod[steps]), weigh_as_v(schedule, steps)
+    assert weight.max() == 20 < uncapped.max() and torch.equal(weight[uncapped < 20], uncapped[uncapped < 20])
+    errors = (0.5 * images).square().flatten(1).mean(1)
+    assert loss("sample").item() == pytest.approx((errors * weight).mean().item(), rel=1e-4)
+    assert loss("v_prediction").item() == pytest.approx((errors * uncapped).mean().item(), rel=1e-3)
+
+
 def test_middle_timesteps_stay_in_range_and_favour_the_middle():
     t = middle_timesteps(20_000, 1000, torch.Generator().manual_seed(0))
     assert t.shape == (20_000,) and t.dtype == torch.int64 and 0 <= t.min() and t.max() <= 999
@@ -291,12 +319,23 @@ def test_training_makes_the_model_listen():
     assert torch.equal(drawn.mean((1, 2, 3)) > 0, asked == 1)
 
 
+def unconditional(folder, **changes):
+    """A folder with an untrained unconditional model of the course's sizes, changed as asked; its UNet."""
+    torch.manual_seed(7)
+    config = DDPM_CONFIG | changes
+    unet = UNet(**config["unet"])
+    save_model(folder, unet, config)
+    return unet
+
+
 def test_trained_model_comes_back_and_a_stopped_run_goes_on(tmp_path):
+    unconditional(tmp_path / "start")
     images, labels = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1), torch.arange(32) % 8
-    whole = train_class(images, labels, steps=4, out=tmp_path / "whole", progress=False)
+    options = {"start": tmp_path / "start", "progress": False}
+    whole = train_class(images, labels, steps=4, out=tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        train_class(images, labels, 4, tmp_path / "part", save_every=2, progress=False, callback=stop, callback_every=3)
-    resumed = train_class(images, labels, 4, tmp_path / "part", resume=True, save_every=2, progress=False)
+        train_class(images, labels, 4, tmp_path / "part", save_every=2, callback=stop, callback_every=3, **options)
+    resumed = train_class(images, labels, 4, tmp_path / "part", resume=True, save_every=2, **options)
     back = load_class(tmp_path / "whole", device="cpu")
     assert whole.losses == resumed.losses
     for name, tensor in whole.model.state_dict().items():
@@ -307,6 +346,71 @@ def test_trained_model_comes_back_and_a_stopped_run_goes_on(tmp_path):
 
 def stop(step, model):
     raise KeyboardInterrupt
+
+
+def test_start_gives_the_network_and_leaves_the_table(tmp_path):
+    unet = unconditional(tmp_path / "start")
+    torch.manual_seed(0)
+    model = build_class_model(CLASS_CONFIG)
+    table = model.class_embedding.weight.clone()
+    load_start(model, CLASS_CONFIG, tmp_path / "start")
+    assert torch.equal(model.class_embedding.weight, table) and 0.9 < table.std() < 1.1
+    assert all(torch.equal(tensor, model.net.unet.state_dict()[name]) for name, tensor in unet.state_dict().items())
+
+
+def test_training_begins_with_the_weights_it_is_given(tmp_path):
+    """One step is short: the learning rate is then 2e-3 / 100 (the warm-up), and no optimizer moves a weight far with that."""
+    unet = unconditional(tmp_path / "start")
+    images, labels = torch.zeros(8, 3, 32, 32), torch.arange(8)
+    begun, nothing = (train_class(images, labels, 1, start=start, progress=False) for start in (tmp_path / "start", None))
+    far = {
+        name: max((tensor.cpu() - run.model.net.unet.state_dict()[key].cpu()).abs().max() for key, tensor in unet.state_dict().items())
+        for name, run in (("begun", begun), ("nothing", nothing))
+    }
+    assert far["begun"] < 1e-3 < far["nothing"]
+
+
+def test_the_shipped_unconditional_model_is_the_default_start():
+    model = build_class_model(CLASS_CONFIG)
+    load_start(model, CLASS_CONFIG)
+    shipped = load_ddpm(device="cpu").model.state_dict()
+    assert all(torch.equal(tensor, model.net.state_dict()[name]) for name, tensor in shipped.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fold": 2}, "its fold is 2, and this model needs 4"),
+        (
+            {"unet": DDPM_CONFIG["unet"] | {"block_out_channels": (14, 14)}},
+            r"its block_out_channels is \[14, 14\], and .* needs \[112, 112\]",
+        ),
+        ({"unet": DDPM_CONFIG["unet"] | {"norm_num_groups": 14}}, "its norm_num_groups is 14, and this model needs 7"),
+        ({"schedule": "linear"}, "its schedule is 'linear', and this model needs 'cosine'"),
+        ({"prediction_type": "v_prediction"}, "its prediction_type is 'v_prediction', and this model needs 'sample'"),
+        ({"size": 64}, "its size is 64, and this model needs 32"),
+        ({"classes": ["boat", "house"]}, "is told a class already; start must be an unconditional model"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_start_that_does_not_fit_is_refused_before_training(tmp_path, changes, message):
+    unconditional(tmp_path / "other", **changes)
+    with pytest.raises(ValueError, match=message):
+        train_class(torch.zeros(8, 3, 32, 32), torch.arange(8), steps=1, start=tmp_path / "other")
+
+
+def test_a_start_that_is_not_there_or_no_diffusion_model(tmp_path):
+    images, labels = torch.zeros(8, 3, 32, 32), torch.arange(8)
+    with pytest.raises(FileNotFoundError, match="no model in .*nowhere.*: it has no config.json"):
+        train_class(images, labels, steps=1, start=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="'probe' holds no diffusion model"):
+        train_class(images, labels, steps=1, start="probe")
+    with pytest.raises(ValueError, match="'class' is told a class already"):
+        train_class(images, labels, steps=1, start="class")
+    unconditional(tmp_path / "half")
+    save_model(tmp_path / "half", nn.Linear(2, 2), DDPM_CONFIG)
+    with pytest.raises(ValueError, match="do not fit UNet: .* tensors are missing"):
+        train_class(images, labels, steps=1, start=tmp_path / "half")
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(7).long(), torch.full((8,), 8), torch.full((8,), -1), torch.zeros(8)])

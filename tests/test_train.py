@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from minisd.train import EMA, learning_rate_factor, load_checkpoint, pick_batch, save_atomically, train
+from minisd.train import (
+    EMA,
+    Muon,
+    learning_rate_factor,
+    load_checkpoint,
+    make_optimizers,
+    orthogonalize,
+    pick_batch,
+    save_atomically,
+    train,
+)
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -31,8 +41,9 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
-def test_loss_falls():
-    trained = train(make_model(), loss_fn, DATA, steps=300, **QUIET)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_loss_falls(optimizer):
+    trained = train(make_model(), loss_fn, DATA, steps=300, optimizer=optimizer, **QUIET)
     assert len(trained.losses) == 300
     assert sum(trained.losses[-30:]) < 0.3 * sum(trained.losses[:30])
 
@@ -54,8 +65,9 @@ def test_callers_random_numbers_are_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_resumed_run_equals_unbroken_run_bit_for_bit(tmp_path):
-    unbroken = train(make_model(), loss_fn, DATA, steps=60, save_every=20, out=tmp_path / "a", **QUIET)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_run_equals_unbroken_run_bit_for_bit(tmp_path, optimizer):
+    unbroken = train(make_model(), loss_fn, DATA, steps=60, save_every=20, out=tmp_path / "a", optimizer=optimizer, **QUIET)
 
     def stops_at_45(model, batch, generator, count=iter(range(1000))):
         if next(count) == 45:
@@ -63,9 +75,11 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(tmp_path):
         return loss_fn(model, batch, generator)
 
     with pytest.raises(KeyboardInterrupt):
-        train(make_model(), stops_at_45, DATA, steps=60, save_every=20, out=tmp_path / "b", **QUIET)
+        train(make_model(), stops_at_45, DATA, steps=60, save_every=20, out=tmp_path / "b", optimizer=optimizer, **QUIET)
     assert load_checkpoint(tmp_path / "b" / "checkpoint.pt")["step"] == 40
-    resumed = train(make_model(seed=99), loss_fn, DATA, steps=60, save_every=20, out=tmp_path / "b", resume=True, **QUIET)
+    resumed = train(
+        make_model(seed=99), loss_fn, DATA, steps=60, save_every=20, out=tmp_path / "b", resume=True, optimizer=optimizer, **QUIET
+    )
     assert same_weights(unbroken.model, resumed.model)
     assert unbroken.losses == resumed.losses
 
@@ -219,3 +233,46 @@ def test_data_may_be_several_tensors_or_a_function():
 def test_bad_input(data, options, message):
     with pytest.raises(ValueError, match=message):
         train(make_model(), loss_fn, data, **(QUIET | options))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (12, 12)])
+def test_orthogonalize_keeps_the_directions_and_makes_them_equally_long(shape):
+    matrices = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    even = orthogonalize(matrices)
+    assert even.shape == matrices.shape
+    left, lengths, right = torch.linalg.svd(matrices, full_matrices=False)
+    long_enough = (lengths / lengths.norm(dim=-1, keepdim=True)) > 0.02
+    found = left.mT @ even @ right.mT  # diagonal, where the directions are the same
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    assert (found - torch.diag_embed(diagonal)).abs().max() < 1e-3
+    assert diagonal[long_enough].min() > 0.6 and diagonal.max() < 1.25
+
+
+def test_orthogonalize_equals_the_plain_iteration():
+    x = torch.randn(8, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = orthogonalize(x)
+    x = x / x.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    assert (ours - x).abs().max() < 1e-6
+
+
+def test_muon_takes_matrices_and_adamw_the_rest():
+    model = nn.ModuleDict({"table": nn.Embedding(5, 4), "conv": nn.Conv2d(4, 6, 3), "norm": nn.LayerNorm(6), "linear": nn.Linear(6, 2)})
+    muon, adamw = make_optimizers(model, "muon", 1e-3, 0.0)
+    assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
+    of = lambda optimizer: {id(p) for group in optimizer.param_groups for p in group["params"]}  # noqa: E731
+    assert of(muon) == {id(model["conv"].weight), id(model["linear"].weight)}
+    assert of(muon) | of(adamw) == {id(p) for p in model.parameters()} and not of(muon) & of(adamw)
+    (alone,) = make_optimizers(model, "adamw", 1e-3, 0.0)
+    assert of(alone) == {id(p) for p in model.parameters()}
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'; known: adamw, muon"):
+        make_optimizers(model, "sgd", 1e-3, 0.0)
+
+
+def test_a_step_of_muon_is_as_long_as_said():
+    weight = nn.Parameter(torch.zeros(8, 4, 3, 3))
+    weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    Muon([weight], lr=0.01).step()
+    lengths = torch.linalg.svdvals(weight.detach().flatten(1)) / (0.01 * 0.2 * 36**0.5)
+    assert 0.6 < lengths.min() and lengths.max() < 1.25

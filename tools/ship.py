@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from minisd.tokenizer import Tokenizer
 from minisd.train import save_atomically
 from minisd.weights import PRETRAINED, read_model
 
@@ -23,6 +24,8 @@ def ship(run: Path, name: str) -> Path:
     folder = PRETRAINED / name
     save_atomically(lambda path: save_file(halves, path), folder / "model.safetensors")
     save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), folder / "config.json")
+    if (run / "merges.txt").is_file():  # a model that reads text has its tokenizer beside it
+        Tokenizer.load(run).save(folder)
     return folder
 
 
