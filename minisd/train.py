@@ -121,12 +121,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """ "adamw": AdamW for all parameters. "muon": Muon for those with two axes or more, but for tables of vectors; AdamW for the rest."""
+    """ "adamw": AdamW for all parameters. "muon": Muon for the matrices, AdamW for the rest.
+
+    Tables of vectors are no matrices here; nor is what has more than 256 rows and columns, because Muon's cost grows with their cube.
+    """
     if name not in ("adamw", "muon"):
         raise ValueError(f"unknown optimizer {name!r}; known: adamw, muon.")
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [p for p in parameters if name == "muon" and p.ndim >= 2 and id(p) not in tables]
+    fits = [p for p in parameters if p.ndim >= 2 and min(len(p), p[0].numel()) <= 256]
+    matrices = [p for p in fits if name == "muon" and id(p) not in tables]
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
     optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
     if others:

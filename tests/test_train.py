@@ -259,6 +259,7 @@ def test_orthogonalize_equals_the_plain_iteration():
 
 def test_muon_takes_matrices_and_adamw_the_rest():
     model = nn.ModuleDict({"table": nn.Embedding(5, 4), "conv": nn.Conv2d(4, 6, 3), "norm": nn.LayerNorm(6), "linear": nn.Linear(6, 2)})
+    model["large"] = nn.Linear(300, 257, bias=False)  # too large on both sides
     muon, adamw = make_optimizers(model, "muon", 1e-3, 0.0)
     assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
     of = lambda optimizer: {id(p) for group in optimizer.param_groups for p in group["params"]}  # noqa: E731
