@@ -1,22 +1,12 @@
 """How many postcards a second one core draws: `python benchmarks/render.py`."""
 
-import platform
 import time
-from pathlib import Path
 
 import torch
 
 from minisd.drawing import render
 from minisd.postcards import sample_scenes
-
-
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+from minisd.utils import processor_name
 
 
 def pictures_per_second(size: int, count: int = 1024, repeats: int = 5) -> float:

@@ -8,10 +8,8 @@ calls of the network.
 
 import argparse
 import inspect
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import diffusers
 import torch
@@ -21,6 +19,7 @@ from minisd.ddpm import Denoiser
 from minisd.noise import NoiseSchedule
 from minisd.samplers import SAMPLERS, make_path, sample
 from minisd.schedulers import scheduler_config
+from minisd.utils import processor_name
 
 
 class Tiny(nn.Module):
@@ -69,15 +68,6 @@ def fastest(functions: list[Callable[[], torch.Tensor]], repeats: int) -> list[f
             function()
             best[i] = min(best[i], time.perf_counter() - start)
     return best
-
-
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:

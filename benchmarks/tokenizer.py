@@ -8,7 +8,6 @@ older transformers its slow one, in Python, is measured too. Training is compare
 import argparse
 import json
 import os
-import platform
 import re
 import tempfile
 import time
@@ -24,17 +23,9 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from minisd.postcards import captions, sample_scenes
 from minisd.tokenizer import Tokenizer, clean_text
+from minisd.utils import processor_name
 
 LESSONS = Path(__file__).resolve().parent.parent / "lessons"
-
-
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def prose() -> list[str]:

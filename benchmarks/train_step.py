@@ -10,17 +10,17 @@ denoising-diffusion-pytorch, which has attention on every level, with that atten
 import argparse
 import importlib.util
 import json
-import platform
 import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 
 import psutil
 import torch
 from torch import nn
+
+from minisd.utils import processor_name
 
 WIDTHS, GROUPS = (64, 128, 128), 4
 GROUPS_OF_ROWS = {
@@ -123,15 +123,6 @@ def run_fresh(name: str, precision: str, options: argparse.Namespace) -> dict:
     if result.returncode:
         raise RuntimeError(f"{name} in {precision} failed:\n{result.stderr}")
     return json.loads(result.stdout.splitlines()[-1])
-
-
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def print_table(title: str, names: list[str], results: dict) -> None:

@@ -76,7 +76,8 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Bring all singular values of each matrix (..., M, N) near 1 and keep its singular vectors: all directions equally long.
 
     The Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): x (a + b x^2 + c x^4), `steps` times, drives
-    every singular value x from (0, 1] into 0.7 ... 1.2. Here the factors are gathered on the small side, M x M, and multiplied at the end.
+    a singular value x between 0.01 and 1 to between 0.68 and 1.14, and a smaller one up. Here the factors are gathered on the small side,
+    M x M, and multiplied at the end.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices

@@ -1,6 +1,8 @@
 """Small things that every lesson needs and none teaches: fast mode, the device, the cache folder."""
 
 import os
+import platform
+import re
 from pathlib import Path
 
 import torch
@@ -44,3 +46,10 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
+
+
+def processor_name() -> str:
+    """What the processor calls itself, to stand beside a measured time."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()

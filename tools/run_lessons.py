@@ -10,7 +10,6 @@ import argparse
 import base64
 import io
 import os
-import platform
 import re
 import sys
 import time
@@ -22,6 +21,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script too
+from minisd.utils import processor_name
 from tools import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,10 +79,8 @@ def faults(notebook: nbformat.NotebookNode) -> list[str]:
 
 def processor() -> str:
     """What this machine calls its processor, and how many cores there are to use."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0].strip() if names else platform.processor() or platform.machine()}, {cores} cores"
+    return f"{processor_name()}, {cores} cores"
 
 
 def main() -> int:
