@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-TRAINING_STEPS = {"ddpm": 3000, "class": 2500, "clip": 1000, "probe": 3000}
+TRAINING_STEPS = {"ddpm": 2500, "class": 2500, "clip": 1000, "probe": 3000}
 
 
 def whole_number(smallest: int):

@@ -175,10 +175,10 @@ class Folded(nn.Module):
 
 
 # %% ../lessons/03_ddpm.ipynb #11412858
-def weigh_as_v(schedule: NoiseSchedule, timesteps: torch.Tensor, limit: float = 20.0) -> torch.Tensor:
+def weigh_as_v(schedule: NoiseSchedule, timesteps: torch.Tensor, limit: float = 5.0) -> torch.Tensor:
     """How much an error in x0 counts, (B,): as much as the error in v that it makes, 1 / noise_scale^2 times itself, but at most `limit`.
 
-    The limit is that of Hang et al. 2023 (arXiv:2303.09556), section 3.4, there on the ratio of signal to noise.
+    Hang et al. 2023 (arXiv:2303.09556), section 3.4, have such a limit, also 5, on the ratio of signal to noise.
     """
     return (1 / (1 - schedule.alphas_cumprod[timesteps])).clamp(max=limit)
 

@@ -27,6 +27,7 @@ __all__ = [
     "Guided",
     "drop_labels",
     "build_class_model",
+    "check_start",
     "load_start",
     "load_class",
     "class_loss",
@@ -132,6 +133,16 @@ def build_class_model(config: dict[str, Any]) -> ClassConditional:
     return ClassConditional(Folded(UNet(**config["unet"]), config["fold"]), len(config["classes"]))
 
 
+def check_start(config: dict[str, Any], found: dict[str, Any], start: str | Path) -> None:
+    """Raise `ValueError` where `found`, the configuration of the model `start`, differs from `config` in size, fold, UNet, schedule or
+    prediction type: then the one model's weights are no beginning for the other."""
+    ours, theirs = config | config["unet"], found | found["unet"]
+    for name in ("size", "fold", *config["unet"], "schedule", "prediction_type"):
+        our, their = (list(value) if isinstance(value, tuple) else value for value in (ours[name], theirs.get(name)))
+        if our != their:  # lists: the file is JSON, which knows no tuples
+            raise ValueError(f"{str(start)!r} cannot be the start: its {name} is {their!r}, and this model needs {our!r}.")
+
+
 def load_start(model: ClassConditional, config: dict[str, Any], start: str | Path = "ddpm") -> None:
     """Copy the weights of an unconditional model, shipped or in a folder, into `model`, built for `config`; its table stays as it is.
 
@@ -143,11 +154,7 @@ def load_start(model: ClassConditional, config: dict[str, Any], start: str | Pat
         raise ValueError(f"{str(start)!r} is told a class already; start must be an unconditional model, such as 'ddpm', or None.")
     if "unet" not in found:
         raise ValueError(f"{str(start)!r} holds no diffusion model: its config.json has no 'unet'.")
-    ours, theirs = config | config["unet"], found | found["unet"]
-    for name in ("size", "fold", *config["unet"], "schedule", "prediction_type"):
-        our, their = (list(value) if isinstance(value, tuple) else value for value in (ours[name], theirs.get(name)))
-        if our != their:  # lists: the file is JSON, which knows no tuples
-            raise ValueError(f"{str(start)!r} cannot be the start: its {name} is {their!r}, and this model needs {our!r}.")
+    check_start(config, found, start)
     load_into(model.net.unet, weights, start)
 
 

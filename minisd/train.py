@@ -75,20 +75,21 @@ class EMA:
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Bring all singular values of each matrix (..., M, N) near 1 and keep its singular vectors: all directions equally long.
 
-    The Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): x (a + b x^2 + c x^4), `steps` times, drives
-    a singular value x between 0.01 and 1 to between 0.68 and 1.14, and a smaller one up. Here the factors are gathered on the small side,
-    M x M, and multiplied at the end.
+    The Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): x (a + b x^2 + c x^4), `steps` times, at least
+    once, drives a singular value x between 0.01 and 1 to between 0.68 and 1.14, and a smaller one up. Here the factors are gathered on
+    the small side, M x M, and multiplied at the end.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is above 1 now
     squared = x @ x.mT  # (..., M, M): its eigenvalues are the squares of the singular values
     eye = torch.eye(squared.shape[-1], dtype=x.dtype, device=x.device)
-    factor = eye
-    for _ in range(steps):
+    factor = None
+    for step in range(steps):
         polynomial = 3.4445 * eye - 4.7750 * squared + 2.0315 * (squared @ squared)
-        factor = polynomial @ factor
-        squared = polynomial @ squared @ polynomial
+        factor = polynomial if factor is None else polynomial @ factor
+        if step + 1 < steps:
+            squared = polynomial @ squared @ polynomial
     x = factor @ x
     return x.mT if tall else x
 

@@ -192,4 +192,4 @@ def test_weighed_error_of_x0_is_the_error_of_v():
     as_x0 = diffusion_loss(schedule, "sample", noisy_end, weigh_as_v)(Half(False), images, torch.Generator().manual_seed(1))
     as_v = diffusion_loss(schedule, "v_prediction", noisy_end)(Half(True), images, torch.Generator().manual_seed(1))
     assert abs(as_x0.item() - as_v.item()) < 1e-4 * as_v.item()
-    assert weigh_as_v(schedule, torch.tensor([0])).item() == 20.0
+    assert weigh_as_v(schedule, torch.tensor([0])).item() == 5.0
