@@ -5,15 +5,17 @@ import dataclasses
 import time
 
 import torch
+from text_ways import two_things  # the script beside this one
 
 from minisd.clip import load_clip, retrieval
 from minisd.ddpm import load_ddpm, sample_ddpm
 from minisd.drawing import render
 from minisd.guidance import Guided, load_class
-from minisd.metrics import frechet_distance, nearest, read_attributes
+from minisd.metrics import caption_accuracy, frechet_distance, nearest, read_attributes
 from minisd.postcards import COLOURS, KINDS, captions, sample_scenes
 from minisd.probe import load_probe, probe_accuracy
 from minisd.samplers import sample
+from minisd.text_to_image import load_text
 from minisd.utils import fast_dtype
 
 FRESH = 987_654  # a seed that no training uses
@@ -134,7 +136,33 @@ def measure_clip(count: int) -> None:
             print(line, flush=True)
 
 
-MEASURES = {"probe": measure_probe, "ddpm": measure_ddpm, "class": measure_class, "clip": measure_clip}
+def measure_text(count: int) -> None:
+    """Caption accuracy for several guidance scales, with one thing and with two; what of two things is right; Fréchet distance."""
+    denoiser, encode = load_text(device="cpu")
+    empty = encode([""])
+    for scale in (1, 2, 3, 5, 7.5):
+        guided = Guided(denoiser, scale, {"context": empty})
+        for split in ("valid", "novel"):
+            for things in (1, 2):
+                scenes = sample_scenes(count, split=split, seed=FRESH, things=things)
+                asked = captions(scenes, seed=FRESH)
+                start, drawn = time.perf_counter(), []
+                for i in range(0, count, 100):
+                    context = encode(asked[i : i + 100])
+                    drawn.append(sample(guided, (len(context), 3, 32, 32), seed=FRESH + i, progress=False, context=context))
+                seconds, pictures = (time.perf_counter() - start) / count, torch.cat(drawn)
+                right = caption_accuracy(pictures, asked)
+                line = f"scale {scale:g}, {split}, {things} thing{'s' * (things == 2)}: "
+                line += f"everything right in {right:.1%} ± {(right * (1 - right) / count) ** 0.5:.1%}, {seconds:.3f} s a picture"
+                if things == 2:
+                    parts = two_things(asked, read_attributes(pictures))
+                    line += ", " + ", ".join(f"{name} {hits / count:.1%}" for name, hits in parts.items())
+                if split == "valid":
+                    line += f", Fréchet distance {frechet_distance(pictures, render(scenes, 32)):.2f}"
+                print(line, flush=True)
+
+
+MEASURES = {"probe": measure_probe, "ddpm": measure_ddpm, "class": measure_class, "clip": measure_clip, "text": measure_text}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

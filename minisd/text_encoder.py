@@ -182,6 +182,8 @@ class TextEncoder(nn.Module):
 
     def check(self, ids: torch.Tensor) -> None:
         """Raise ValueError unless ids are (B, L) integers of the vocabulary, L at most the number of positions."""
+        if not isinstance(ids, torch.Tensor):
+            raise ValueError(f"token ids are a tensor (B, L), as tokenizer(texts) makes them, got {type(ids).__name__}.")
         longest, size = self.config.max_position_embeddings, self.config.vocab_size
         wrong_type = ids.is_floating_point() or ids.dtype == torch.bool
         if ids.ndim != 2 or wrong_type or len(ids) == 0 or not 0 < ids.shape[1] <= longest:

@@ -66,8 +66,6 @@ def test_train_clip(tmp_path, capsys):
     assert "training on 5 pictures with 4 captions each" in capsys.readouterr().out
     model, tokenizer = load_clip(tmp_path)
     assert model.encode_text(tokenizer(["a red boat"])).shape == (1, 128)
-    assert main(["train", "clip", "--data", "folder", "--out", str(tmp_path / "b")]) == 1
-    assert "clip learns from postcards" in capsys.readouterr().err
 
 
 def test_asks_for_a_kind_with_any_sampler(tmp_path, capsys):
@@ -171,3 +169,82 @@ def test_module_runs_and_shows_its_help():
     result = subprocess.run([sys.executable, "-m", "minisd", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "generate" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    """A text model, its CLIP and the class model that it began with, all hardly trained, by the command line."""
+    from minisd.guidance import CLASS_CONFIG, build_class_model
+    from minisd.text_to_image import load_pairs, train_text
+    from minisd.weights import save_model
+
+    folder = tmp_path_factory.mktemp("text")
+    assert main(["train", "clip", "--steps", "1", "--pictures", "200", "--out", str(folder / "clip")]) == 0
+    save_model(folder / "class", build_class_model(CLASS_CONFIG), CLASS_CONFIG)
+    train_text(*load_pairs(4), 1, folder / "run", start=folder / "class", text_encoder=folder / "clip", progress=False)
+    return folder
+
+
+def test_draws_a_sentence(text_folder, tmp_path, capsys):
+    out = tmp_path / "boats.png"
+    ask = [
+        "generate",
+        "a red boat at night",
+        "--model",
+        str(text_folder / "run"),
+        "-n",
+        "4",
+        "--steps",
+        "2",
+        "--scale",
+        "1",
+        "--out",
+        str(out),
+    ]
+    assert main(ask) == 0
+    assert Image.open(out).size == (2 * 32 + 2, 2 * 32 + 2)
+    assert main([*ask, "--guidance", "1"]) == 0
+    assert main([*ask, "--negative", "a house"]) == 0
+    assert main([*ask, "--negative", "a house", "--guidance", "1"]) == 1
+    assert "--negative needs guidance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([], 'say one: minisd generate "a red boat at night"'),
+        (["a boat", "--label", "boat"], "--label needs a model with classes"),
+        (["a boat", "--model", "ddpm"], "ddpm takes no sentence; a model that does is 'text'."),
+        (["a boat", "--model", "class"], "class takes no sentence; a model that does is 'text'."),
+    ],
+)
+def test_mistakes_with_sentences(text_folder, changes, message, capsys):
+    assert main(["generate", "--model", str(text_folder / "run"), "-n", "1", *changes]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_trains_text_on_captions_of_ones_own(text_folder, tmp_path, capsys, monkeypatch):
+    import minisd.text_to_image
+
+    handed_on = {}
+
+    def spy(images, texts, **options):
+        handed_on.update(options, images=images, texts=texts)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(minisd.text_to_image, "train_text", spy)
+    pets = tmp_path / "pets"
+    pets.mkdir()
+    for name in ("cat", "dog"):
+        Image.new("RGB", (40, 40), "orange").save(pets / f"{name}.png")
+    train = ["train", "text", "--steps", "1", "--data", str(pets), "--out", str(tmp_path / "run")]
+    assert main(train) == 1
+    assert "has no captions" in capsys.readouterr().err
+    lines = [f'{{"file_name": "{name}.png", "caption": "a {name}"}}\n' for name in ("cat", "dog")]
+    (pets / "metadata.jsonl").write_text("".join(lines))
+    assert main([*train, "--text-encoder", "there"]) == 1
+    assert sorted(handed_on["texts"]) == [("a cat",), ("a dog",)] and handed_on["images"].shape == (2, 3, 32, 32)
+    assert handed_on["text_encoder"] == "there" and handed_on["steps"] == 1
+    assert main(["train", "clip", "--text-encoder", "there", "--out", str(tmp_path / "run")]) == 1
+    assert "--text-encoder belongs to the model text" in capsys.readouterr().err
