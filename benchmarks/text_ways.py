@@ -1,4 +1,4 @@
-"""Four ways to let a text into the UNet, on the same data and budget: python benchmarks/text_ways.py --out FOLDER (hours on a CPU).
+"""Four ways to let a text into the UNet, on the same data and budget: python benchmarks/text_ways.py --out FOLDER (80 minutes of one core).
 
 added      the text's one vector, through a linear layer, is added to the time embedding, as in GLIDE
 token      the one vector is a single token that cross-attention reads

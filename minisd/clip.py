@@ -27,6 +27,7 @@ __all__ = [
     "build_clip",
     "trimmed",
     "clip_loss",
+    "flattened",
     "train_clip",
     "load_clip",
     "retrieval",
@@ -159,6 +160,13 @@ def clip_loss(model: CLIP, batch: tuple[torch.Tensor, torch.Tensor], generator: 
     return contrastive_loss(model(images.to(device), chosen.to(device)))
 
 
+def flattened(images: torch.Tensor, texts: Sequence[Sequence[str]]) -> list[str]:
+    """All phrasings of all images in one list, image after image. Raises `ValueError` unless each image has a list, equally long."""
+    if len(texts) != len(images) or len({len(phrasings) for phrasings in texts}) != 1 or not texts[0] or isinstance(texts[0], str):
+        raise ValueError(f"{len(images)} images need {len(images)} lists of phrasings, equally long and not empty; got {len(texts)}.")
+    return [text for phrasings in texts for text in phrasings]
+
+
 def train_clip(
     images: torch.Tensor,
     texts: Sequence[Sequence[str]],
@@ -174,9 +182,7 @@ def train_clip(
     `tokenizer`: default is one that is trained on the texts. `options` go to `train` (`device`, `progress`, `callback`, ...).
     Raises `ValueError` when images and texts do not fit.
     """
-    if len(texts) != len(images) or len({len(phrasings) for phrasings in texts}) != 1 or not texts[0] or isinstance(texts[0], str):
-        raise ValueError(f"{len(images)} images need {len(images)} lists of phrasings, equally long and not empty; got {len(texts)}.")
-    flat = [text for phrasings in texts for text in phrasings]
+    flat = flattened(images, texts)
     if tokenizer is None:
         tokenizer = Tokenizer.train(flat, CLIP_CONFIG["text"]["vocab_size"], length=CLIP_CONFIG["text"]["max_position_embeddings"])
     ids = tokenizer(flat).reshape(len(images), -1, tokenizer.length)  # (N, V, L)

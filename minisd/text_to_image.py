@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from minisd.attention import spatial_transformers
-from minisd.clip import load_clip
+from minisd.clip import flattened, load_clip
 from minisd.ddpm import Denoiser, Folded, diffusion_loss, middle_timesteps, weigh_as_v
 from minisd.drawing import render
 from minisd.guidance import CLASS_CONFIG, check_start, load_class
@@ -96,10 +96,9 @@ def train_text(
     `start`: the class-conditional model whose doors are opened. `text_encoder`: a folder or name that `load_clip` reads; it is not trained.
     `options` go to `train` (`device`, `dtype`, `progress`, `callback`, ...). Raises `ValueError` when images and texts do not fit.
     """
-    if len(texts) != len(images) or len({len(phrasings) for phrasings in texts}) != 1 or not texts[0]:
-        raise ValueError(f"{len(images)} images need {len(images)} lists of phrasings, equally long and not empty; got {len(texts)} lists.")
+    flat = flattened(images, texts)
     clip, tokenizer = load_clip(text_encoder, options.get("device") or default_device())
-    ids = tokenizer([text for phrasings in texts for text in phrasings]).reshape(len(images), -1, tokenizer.length)  # (N, V, L)
+    ids = tokenizer(flat).reshape(len(images), -1, tokenizer.length)  # (N, V, L)
     config = TEXT_CONFIG | {"text_encoder": str(text_encoder), "context_dim": clip.text.config.hidden_size}
     torch.manual_seed(seed)  # the first weights of what is new
     model = open_doors(config, start)

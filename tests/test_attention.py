@@ -431,7 +431,7 @@ def test_training_goes_on_where_it_stopped(trained, options, tmp_path):
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("texts", [[["a"]], [["a"], ["a", "b"]], [[], []]])
+@pytest.mark.parametrize("texts", [[["a"]], [["a"], ["a", "b"]], [[], []], ["a boat", "a tent"]])
 def test_texts_must_fit_the_images(texts):
     with pytest.raises(ValueError, match="2 images need 2 lists of phrasings, equally long and not empty; got"):
         train_text(numbers(2, 3, 32, 32), texts, 1)

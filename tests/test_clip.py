@@ -434,6 +434,11 @@ def test_folders_that_are_no_clip(tmp_path):
         load_clip(tmp_path / "nowhere")
 
 
+def test_texts_are_no_token_ids():
+    with pytest.raises(ValueError, match=r"as tokenizer\(texts\) makes them, got str"):
+        load_clip(device="cpu")[0].encode_text("a boat")
+
+
 @pytest.mark.parametrize("texts", [[["a boat"]], [["a boat"], ["a", "b"]], [[], []], ["a boat", "a tent"]])
 def test_texts_that_do_not_fit_are_refused_before_training(texts):
     with pytest.raises(ValueError, match="2 images need 2 lists of phrasings"):
