@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import time
 
 import torch
@@ -12,11 +13,13 @@ from minisd.ddpm import load_ddpm, sample_ddpm
 from minisd.drawing import render
 from minisd.guidance import Guided, load_class
 from minisd.metrics import caption_accuracy, frechet_distance, nearest, read_attributes
+from minisd.pipeline import StableDiffusion
 from minisd.postcards import COLOURS, KINDS, captions, sample_scenes
 from minisd.probe import load_probe, probe_accuracy
 from minisd.samplers import sample
 from minisd.text_to_image import load_text
 from minisd.utils import fast_dtype
+from minisd.vae_training import load_vae, psnr
 
 FRESH = 987_654  # a seed that no training uses
 
@@ -162,7 +165,62 @@ def measure_text(count: int) -> None:
                 print(line, flush=True)
 
 
-MEASURES = {"probe": measure_probe, "ddpm": measure_ddpm, "class": measure_class, "clip": measure_clip, "text": measure_text}
+def measure_vae(count: int) -> None:
+    """PSNR of fresh postcards that come back, from latents with noise too and in bfloat16; what the probe reads in them; bits."""
+    model, probe = load_vae(device="cpu"), load_probe()
+    for split in ("valid", "novel"):
+        for things in (1, 2):
+            scenes = sample_scenes(count, split=split, seed=FRESH, things=things)
+            images = render(scenes, 64)
+            clouds = [model.posterior(part) for part in images.split(50)]
+            latents = model.config.scaling_factor * torch.cat([cloud.mode() for cloud in clouds])
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+            line, back = f"{split}, {things} thing{'s' * (things == 2)}:", {}
+            for name, given in (("back", latents), ("with noise 0.1", latents + 0.1 * noise), ("with noise 0.3", latents + 0.3 * noise)):
+                back[name] = torch.cat([model.decode(part) for part in given.split(50)]).clamp(-1, 1)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                back["in bfloat16"] = torch.cat([model.decode(model.encode(part)).float() for part in images.split(50)]).clamp(-1, 1)
+            for name, pictures in back.items():
+                quality = psnr(images, pictures)
+                line += f" {name} {quality.mean():.2f} dB (least {quality.min():.1f}),"
+            before, after = (probe_accuracy(probe, scenes, pictures)["all"] for pictures in (images, back["back"]))
+            bits = torch.cat([cloud.kl().sum((1, 2, 3)) for cloud in clouds]).mean() / math.log(2)
+            print(f"{line} probe: all right in {after:.1%} (originals {before:.1%}), {bits:.0f} bits, std {latents.std():.3f}", flush=True)
+
+
+def measure_postcards(count: int) -> None:
+    """Caption accuracy of the latent model for several guidance scales, what of two things is right, and the time of a picture."""
+    pipe = StableDiffusion.load("postcards", device="cpu")
+    for scale in (1, 2, 3, 5, 7.5):
+        for things in (1, 2):
+            for split in ("valid", "novel"):
+                scenes = sample_scenes(count, split=split, seed=FRESH, things=things)
+                asked = list(captions(scenes, seed=FRESH))
+                start, drawn = time.perf_counter(), []
+                for i in range(0, count, 128):
+                    latents = pipe.sample(asked[i : i + 128], guidance=scale, seed=FRESH + i, progress=False)
+                    drawn.append(pipe.decode(latents))
+                seconds, pictures = (time.perf_counter() - start) / count, torch.cat(drawn)
+                right = caption_accuracy(pictures, asked)
+                line = f"scale {scale:g}, {split}, {things} thing{'s' * (things == 2)}: "
+                line += f"everything right in {right:.1%} ± {(right * (1 - right) / count) ** 0.5:.1%}, {seconds:.3f} s a picture"
+                if things == 2:
+                    parts = two_things(asked, read_attributes(pictures))
+                    line += ", " + ", ".join(f"{name} {hits / count:.1%}" for name, hits in parts.items())
+                if split == "valid":
+                    line += f", Fréchet distance {frechet_distance(pictures, render(scenes, 64)):.2f}"
+                print(line, flush=True)
+
+
+MEASURES = {
+    "probe": measure_probe,
+    "ddpm": measure_ddpm,
+    "class": measure_class,
+    "clip": measure_clip,
+    "text": measure_text,
+    "vae": measure_vae,
+    "postcards": measure_postcards,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

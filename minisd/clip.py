@@ -152,8 +152,11 @@ def trimmed(ids: torch.Tensor) -> torch.Tensor:
 
 
 def clip_loss(model: CLIP, batch: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-    """`contrastive_loss` for a batch of images (B, 3, H, W) and token ids (B, V, L): one of the V phrasings is drawn for each picture."""
-    images, ids = batch
+    """`contrastive_loss` for a batch of images (B, 3, H, W) and token ids (B, V, L): one of the V phrasings is drawn for each picture.
+
+    A batch of groups, (B, G, 3, H, W) and (B, G, V, L), counts as B G pictures.
+    """
+    images, ids = (tensor.flatten(0, -dims - 1) for tensor, dims in zip(batch, (3, 2)))
     phrasing = torch.randint(ids.shape[1], (len(ids),), generator=generator)
     chosen = trimmed(ids[torch.arange(len(ids)), phrasing])  # (B, L)
     device = model.logit_scale.device
@@ -175,11 +178,13 @@ def train_clip(
     resume: bool = False,
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
+    group: int = 1,
     **options,
 ) -> tuple[Trained, Tokenizer]:
     """Train the course's CLIP on images (N, 3, H, W) in [-1, 1] and N lists of phrasings, equally many for each; with `out`, keep it there.
 
-    `tokenizer`: default is one that is trained on the texts. `options` go to `train` (`device`, `progress`, `callback`, ...).
+    `tokenizer`: default is one that is trained on the texts. `group`: so many pictures after another stay together in a batch, such as
+    near twins, which the texts then have to tell apart. `options` go to `train` (`device`, `progress`, `callback`, ...).
     Raises `ValueError` when images and texts do not fit.
     """
     flat = flattened(images, texts)
@@ -190,8 +195,9 @@ def train_clip(
     config = CLIP_CONFIG | {"text": text}
     torch.manual_seed(seed)  # the first weights
     model = build_clip(config)
-    settings = {"steps": steps, "batch_size": 128, "lr": 1e-3, "ema_decay": 0.99, "out": out, "resume": resume, "seed": seed}
-    trained = train(model, clip_loss, (images, ids), **settings | options)
+    settings = {"steps": steps, "batch_size": 128 // group, "lr": 1e-3, "ema_decay": 0.99, "out": out, "resume": resume, "seed": seed}
+    data = (images, ids) if group == 1 else (images.unflatten(0, (-1, group)), ids.unflatten(0, (-1, group)))
+    trained = train(model, clip_loss, data, **settings | options)
     if out is not None:
         tokenizer.save(out)
         save_model(out, trained.model, config | {"steps": steps, "seed": seed})

@@ -247,4 +247,4 @@ def test_trains_text_on_captions_of_ones_own(text_folder, tmp_path, capsys, monk
     assert sorted(handed_on["texts"]) == [("a cat",), ("a dog",)] and handed_on["images"].shape == (2, 3, 32, 32)
     assert handed_on["text_encoder"] == "there" and handed_on["steps"] == 1
     assert main(["train", "clip", "--text-encoder", "there", "--out", str(tmp_path / "run")]) == 1
-    assert "--text-encoder belongs to the model text" in capsys.readouterr().err
+    assert "--text-encoder belongs to the models text and postcards" in capsys.readouterr().err
