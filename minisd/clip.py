@@ -156,7 +156,9 @@ def clip_loss(model: CLIP, batch: tuple[torch.Tensor, torch.Tensor], generator: 
 
     A batch of groups, (B, G, 3, H, W) and (B, G, V, L), counts as B G pictures.
     """
-    images, ids = (tensor.flatten(0, -dims - 1) for tensor, dims in zip(batch, (3, 2)))
+    images, ids = batch
+    if ids.ndim == 4:
+        images, ids = images.flatten(0, 1), ids.flatten(0, 1)
     phrasing = torch.randint(ids.shape[1], (len(ids),), generator=generator)
     chosen = trimmed(ids[torch.arange(len(ids)), phrasing])  # (B, L)
     device = model.logit_scale.device

@@ -365,6 +365,22 @@ def test_one_phrasing_is_drawn_for_each_picture_and_repeats_with_its_generator()
     assert len({row[1] >= 20 for row in seen[0].tolist()}) == 2
 
 
+def test_groups_stay_together_and_count_as_single_pictures():
+    seen = []
+
+    class Listens(CLIP):
+        def forward(self, images, ids):
+            seen.append(images.flatten(1)[:, 0].tolist())
+            return super().forward(images, ids)
+
+    model = Listens(small_encoder(projection_dim=8), ImageEncoder(8, size=16, widths=(16, 32)))
+    images = torch.arange(8.0).view(8, 1, 1, 1).expand(-1, 3, 16, 16)
+    ids = torch.tensor([[[58, 1 + v, 59, 59]] for v in range(8)])
+    plain = clip_loss(model, (images, ids), torch.Generator().manual_seed(3))
+    grouped = clip_loss(model, (images.unflatten(0, (4, 2)), ids.unflatten(0, (4, 2))), torch.Generator().manual_seed(3))
+    assert torch.equal(plain, grouped) and seen[0] == seen[1] == list(range(8))
+
+
 def test_retrieval_counts_both_ways():
     class Given(nn.Module):
         def forward(self, vectors):
