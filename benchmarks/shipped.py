@@ -14,7 +14,7 @@ from minisd.drawing import render
 from minisd.guidance import Guided, load_class
 from minisd.metrics import caption_accuracy, frechet_distance, nearest, read_attributes
 from minisd.pipeline import StableDiffusion
-from minisd.postcards import COLOURS, KINDS, captions, sample_scenes
+from minisd.postcards import COLOURS, KINDS, Scenes, captions, sample_scenes
 from minisd.probe import load_probe, probe_accuracy
 from minisd.samplers import sample
 from minisd.text_to_image import load_text
@@ -139,6 +139,20 @@ def measure_clip(count: int) -> None:
             print(line, flush=True)
 
 
+def report_prompts(what: str, scenes: Scenes, asked: list[str], pictures: torch.Tensor, seconds: float) -> None:
+    """One line about pictures of fresh scenes that were asked for: caption accuracy, what of two things is right, Fréchet distance."""
+    count, two = len(asked), bool((scenes.kind[:, 1] >= 0).all())
+    right = caption_accuracy(pictures, asked)
+    line = f"{what}, {2 if two else 1} thing{'s' * two}: "
+    line += f"everything right in {right:.1%} ± {(right * (1 - right) / count) ** 0.5:.1%}, {seconds:.3f} s a picture"
+    if two:
+        parts = two_things(asked, read_attributes(pictures))
+        line += ", " + ", ".join(f"{name} {hits / count:.1%}" for name, hits in parts.items())
+    if "valid" in what:
+        line += f", Fréchet distance {frechet_distance(pictures, render(scenes, pictures.shape[-1])):.2f}"
+    print(line, flush=True)
+
+
 def measure_text(count: int) -> None:
     """Caption accuracy for several guidance scales, with one thing and with two; what of two things is right; Fréchet distance."""
     denoiser, encode = load_text(device="cpu")
@@ -154,15 +168,7 @@ def measure_text(count: int) -> None:
                     context = encode(asked[i : i + 100])
                     drawn.append(sample(guided, (len(context), 3, 32, 32), seed=FRESH + i, progress=False, context=context))
                 seconds, pictures = (time.perf_counter() - start) / count, torch.cat(drawn)
-                right = caption_accuracy(pictures, asked)
-                line = f"scale {scale:g}, {split}, {things} thing{'s' * (things == 2)}: "
-                line += f"everything right in {right:.1%} ± {(right * (1 - right) / count) ** 0.5:.1%}, {seconds:.3f} s a picture"
-                if things == 2:
-                    parts = two_things(asked, read_attributes(pictures))
-                    line += ", " + ", ".join(f"{name} {hits / count:.1%}" for name, hits in parts.items())
-                if split == "valid":
-                    line += f", Fréchet distance {frechet_distance(pictures, render(scenes, 32)):.2f}"
-                print(line, flush=True)
+                report_prompts(f"scale {scale:g}, {split}", scenes, asked, pictures, seconds)
 
 
 def measure_vae(count: int) -> None:
@@ -201,15 +207,7 @@ def measure_postcards(count: int) -> None:
                     latents = pipe.sample(asked[i : i + 128], guidance=scale, seed=FRESH + i, progress=False)
                     drawn.append(pipe.decode(latents))
                 seconds, pictures = (time.perf_counter() - start) / count, torch.cat(drawn)
-                right = caption_accuracy(pictures, asked)
-                line = f"scale {scale:g}, {split}, {things} thing{'s' * (things == 2)}: "
-                line += f"everything right in {right:.1%} ± {(right * (1 - right) / count) ** 0.5:.1%}, {seconds:.3f} s a picture"
-                if things == 2:
-                    parts = two_things(asked, read_attributes(pictures))
-                    line += ", " + ", ".join(f"{name} {hits / count:.1%}" for name, hits in parts.items())
-                if split == "valid":
-                    line += f", Fréchet distance {frechet_distance(pictures, render(scenes, 64)):.2f}"
-                print(line, flush=True)
+                report_prompts(f"scale {scale:g}, {split}", scenes, asked, pictures, seconds)
 
 
 MEASURES = {

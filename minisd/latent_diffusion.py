@@ -232,7 +232,7 @@ def train_postcards(
         report(f"autoencoder: {steps['vae']} steps in {train_vae(images, steps['vae'], vae, **run).seconds:.0f} s")
     if text_encoder is None:
         text_encoder = out / "training" / "clip"
-        pairs = load_twins(pictures, size=CLIP_CONFIG["size"])
+        pairs = load_twins(max(8, pictures // 8 * 8), size=CLIP_CONFIG["size"])  # twins come in eights
         report(f"CLIP: {steps['clip']} steps in {train_clip(*pairs, steps['clip'], text_encoder, group=4, **run)[0].seconds:.0f} s")
     autoencoder, (clip, tokenizer) = load_vae(vae, device), load_clip(text_encoder, device)
     config = POSTCARDS_CONFIG | {"vae": str(vae)}

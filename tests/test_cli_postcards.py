@@ -1,7 +1,6 @@
 """The command line for latent models: `train postcards`, and `generate` with the whole of it."""
 
 import pytest
-import torch
 from PIL import Image
 
 import minisd.latent_diffusion
@@ -18,7 +17,7 @@ def folder(tmp_path_factory):
     patch.setattr(minisd.latent_diffusion, "POSTCARDS_STEPS", {"vae": 1, "clip": 1, "unet": 2})
     patch.setenv("MINISD_FAST", "1")
     try:
-        assert main(["train", "postcards", "--steps", "2", "--pictures", "128", "--count", "4", "--out", str(out)]) == 0
+        assert main(["train", "postcards", "--steps", "2", "--pictures", "131", "--count", "4", "--out", str(out)]) == 0
     finally:
         patch.undo()
     return out
@@ -73,4 +72,3 @@ def test_a_prompt_is_needed_and_parts_must_be_named_where_they_belong(folder, ca
 def test_a_prompt_alone_asks_the_shipped_model(tmp_path, capsys):
     assert main(["generate", "a red house on snow at night", "--steps", "2", "--out", str(tmp_path / "x.png")]) == 0
     assert Image.open(tmp_path / "x.png").size == (256, 256)
-    assert torch.get_default_dtype() == torch.float32
