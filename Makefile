@@ -33,7 +33,7 @@ lab: $(READY) ## open the course in JupyterLab (LAB_FLAGS="--no-browser --port 9
 test: $(READY) ## run every check: format, package in sync, unit tests, lessons, exercises
 	@$(RUN) tools/test_all.py
 
-test-full: $(READY) ## compare with other libraries at the published sizes (up to 8 GB of memory)
+test-full: $(READY) ## compare with other libraries at the published sizes (SDXL: about 15 GB of memory, 14 GB of disk)
 	$(RUN) -m pytest -m full tests
 
 course: $(READY) ## run all lessons for real and store their outputs (LESSONS=01_noise for one)

@@ -16,8 +16,10 @@ from minisd.unet import AttentionBuilder
 
 # %% auto #0
 __all__ = [
+    "PIECE",
     "RECORDINGS",
     "attention_weights",
+    "attend_in_pieces",
     "attend",
     "Attention",
     "GEGLU",
@@ -40,16 +42,40 @@ def attention_weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
 
 
 # %% ../lessons/08_cross_attention.ipynb #383b7c70
+PIECE = 2**20  # so many weights of a large table are in memory at a time (`attend_in_pieces`)
+
+
+def attend_in_pieces(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`attention_weights(queries, keys) @ values` for large tables, without gradients: some rows of one head at a time, in the cache.
+
+    The scores are rounded to the dtype of the queries, as in two plain products; the fused kernel keeps them in float32. So the mean of
+    the keys is taken off first: it adds the same to all scores of a row, which the softmax ignores, and what is left loses less when
+    bfloat16 rounds it (Zhang et al. 2024, arXiv:2410.02367, section 4.2).
+    """
+    shape, rows = queries.shape, max(1, PIECE // keys.shape[-2])
+    queries, keys = queries / math.sqrt(shape[-1]), keys - keys.mean(-2, keepdim=True)
+    queries, keys, values = (each.reshape(-1, *each.shape[-2:]) for each in (queries, keys, values))  # (B heads, N or M, d)
+    answers = queries.new_empty(*queries.shape[:-1], values.shape[-1])
+    for i in range(len(queries)):
+        columns = keys[i].T.contiguous()
+        for part, answer in zip(queries[i].split(rows), answers[i].split(rows)):
+            answer.copy_((part @ columns).softmax(-1) @ values[i])
+    return answers.reshape(*shape[:-1], -1)
+
+
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`attention_weights(queries, keys) @ values`, (..., N, d), by the way that is fastest here (`benchmarks/attention.py`).
 
-    PyTorch's fused kernel never holds the (N, M) table of weights. On a CPU in bfloat16 its backward pass is slow: training takes two
-    plain products there, unless the table is so large (a million entries or more) that not holding it pays.
+    PyTorch's fused kernel never holds the (N, M) table of weights. On a CPU in bfloat16 it is slow: training takes two plain products
+    there, unless the table is so large that not holding it pays, and drawing takes such a large table in pieces.
     """
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (queries, keys, values))
-    small = queries.shape[-2] * keys.shape[-2] < 2**20
-    if training and small and queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
-        return attention_weights(queries, keys) @ values
+    small = queries.shape[-2] * keys.shape[-2] < PIECE
+    if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
+        if training and small:
+            return attention_weights(queries, keys) @ values
+        if not (training or small or torch.compiler.is_compiling()):  # a compiler would unroll the loops
+            return attend_in_pieces(queries, keys, values)
     return F.scaled_dot_product_attention(queries, keys, values)
 
 

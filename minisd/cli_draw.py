@@ -6,11 +6,12 @@ from typing import Any
 
 def is_latent(name: str) -> bool:
     """Whether a model's name or path stands for a latent diffusion model: a shipped one, or anything that `StableDiffusion.load` opens."""
-    from minisd.weights import model_folder, read_model
+    from minisd.latent_diffusion import is_latent_folder
+    from minisd.weights import model_folder
 
     folder = model_folder(name)
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-        return "scheduler" in read_model(name)[0]
+        return is_latent_folder(name)
     return (folder / "unet").is_dir() or folder.is_file() or ("/" in name and not folder.exists())
 
 

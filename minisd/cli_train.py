@@ -3,7 +3,7 @@
 import argparse
 import time
 
-TRAINING_STEPS = {"ddpm": 2500, "class": 2500, "clip": 1000, "text": 2500, "vae": 2500, "postcards": 2600, "probe": 3000}
+TRAINING_STEPS = {"ddpm": 2500, "class": 2500, "clip": 1000, "text": 2500, "vae": 2500, "postcards": 3000, "probe": 3000}
 
 
 def run_train(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from minisd.drawing import render
 from minisd.metrics import caption_accuracy
 from minisd.noise import NoiseSchedule
 from minisd.pipeline import StableDiffusion
-from minisd.postcards import COLOURS, KINDS, LIGHTS, SKIES, captions, sample_scenes
+from minisd.postcards import COLOURS, KINDS, captions, sample_scenes
 from minisd.scenes import NOVEL_PAIRS, Scenes
 from minisd.schedulers import read_scheduler, scheduler_config
 from minisd.text_encoder import TextConfig, TextEncoder
@@ -40,6 +40,7 @@ __all__ = [
     "train_latent",
     "join",
     "measure",
+    "is_latent_folder",
     "load_shipped",
     "train_postcards",
 ]
@@ -76,29 +77,21 @@ def allowed(scenes: Scenes) -> torch.Tensor:
 
 
 def load_twins(count: int = 20_000, phrasings: int = 4, size: int = 32, seed: int = 70) -> tuple[torch.Tensor, list[tuple[str, ...]]]:
-    """`count` postcards of the split `train`, near twins after another, (count, 3, size, size), and `phrasings` captions for each.
+    """`count` postcards of the split `train`, (count, 3, size, size), and `phrasings` captions for each: half of them near twins.
 
-    They come in fours. The first half has one thing: a scene, then the same with the thing at another place, with another light in the
-    sky, and with both. The second half has two: a scene, then the same with the things exchanged, with the colours exchanged, and with
-    the kinds exchanged. `count`: a multiple of 8.
+    The first half has one thing, as postcards come. The second half has two, and comes in fours: a scene, then the same with the things
+    exchanged, with the colours exchanged, and with the kinds exchanged. `count`: a multiple of 8.
     """
     if count < 8 or count % 8:
         raise ValueError(f"twins come in eights, got count={count}.")
-    one = sample_scenes(count // 8, split="train", seed=seed, things=1)
-    step = 1 + torch.arange(len(one)) % 2  # to the next place or light, or to the one after it
-    place = torch.where(one.place >= 0, (one.place + step[:, None]) % 3, -1)
-    x = one.x + 0.27 * (place - one.place)  # the places of a lone thing are 0.27 apart
-    light = torch.where(one.sky == SKIES.index("night"), len(LIGHTS) - 1 - one.light, (one.light + step) % 3)  # no sun at night
+    one = sample_scenes(count // 2, split="train", seed=seed, things=1)
     two = sample_scenes(count // 2 + 100, split="train", seed=seed + 1, things=2)
     two = two[allowed(two).nonzero()[: count // 8, 0]]
     kind, colour = two.kind.flip(1), two.colour.flip(1)
-    images, texts = [], []
-    alone = (one, replace(one, place=place, x=x), replace(one, light=light), replace(one, place=place, x=x, light=light))
-    for ways in (alone, (two, replace(two, kind=kind, colour=colour), replace(two, colour=colour), replace(two, kind=kind))):
-        images.append(torch.stack([render(way, size) for way in ways], dim=1).flatten(0, 1))
-        spoken = [zip(*[captions(way, seed=k) for k in range(phrasings)]) for way in ways]
-        texts += [text for twins in zip(*spoken) for text in twins]
-    return torch.cat(images), texts
+    ways = (two, replace(two, kind=kind, colour=colour), replace(two, colour=colour), replace(two, kind=kind))
+    images = [render(one, size), torch.stack([render(way, size) for way in ways], dim=1).flatten(0, 1)]
+    spoken = [zip(*[captions(scenes, seed=k) for k in range(phrasings)]) for scenes in (one, *ways)]
+    return torch.cat(images), [*spoken[0], *(text for twins in zip(*spoken[1:]) for text in twins)]
 
 
 # %% ../lessons/10_latent_diffusion.ipynb #eee401a1
@@ -178,6 +171,13 @@ def measure(pipe: StableDiffusion, count: int = 512, seed: int = 1_000, steps: i
 
 
 # %% ../lessons/10_latent_diffusion.ipynb #791525e6
+def is_latent_folder(name_or_folder: str | Path) -> bool:
+    """Whether this is a shipped latent diffusion model, or a folder that `train_latent` wrote: what `load_shipped` opens."""
+    folder = model_folder(name_or_folder)
+    files = ("config.json", "model.safetensors")
+    return all((folder / file).is_file() for file in files) and "scheduler" in read_model(name_or_folder)[0]
+
+
 def load_shipped(name_or_folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> StableDiffusion:
     """The shipped latent diffusion model ("postcards"), or one from a folder that `train_latent` wrote.
 
@@ -186,7 +186,7 @@ def load_shipped(name_or_folder: str | Path, dtype: torch.dtype | None = None, d
     """
     config, weights = read_model(name_or_folder)
     if "scheduler" not in config:
-        known = ", ".join(each for each in shipped_models() if "scheduler" in read_model(each)[0])
+        known = ", ".join(filter(is_latent_folder, shipped_models()))
         raise ValueError(
             f"{str(name_or_folder)!r} is a part of the course, but no latent diffusion model; shipped ones: {known or 'none'}."
         )
@@ -201,7 +201,7 @@ def load_shipped(name_or_folder: str | Path, dtype: torch.dtype | None = None, d
 
 
 # %% ../lessons/10_latent_diffusion.ipynb #7bcd3dd9
-POSTCARDS_STEPS = {"vae": 2_000, "clip": 900, "unet": 2_600}
+POSTCARDS_STEPS = {"vae": 2_000, "clip": 900, "unet": 3_000}
 
 
 def train_postcards(
@@ -226,6 +226,7 @@ def train_postcards(
     if (out / "model_index.json").exists():
         raise FileExistsError(f"{out} holds a finished model; choose another folder.")
     run, device = {"resume": resume, "seed": seed} | options, options.get("device")
+    report(f"drawing {pictures:,} postcards")
     images, texts = load_pairs(pictures, size=VAE_CONFIG["sample_size"])
     if vae is None:
         vae = out / "training" / "vae"

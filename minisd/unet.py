@@ -117,10 +117,23 @@ class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.kept: tuple | None = None  # the last weights, what state they were in, and the kernel made of them
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kernel = double_kernel(double_kernel(self.conv.weight, dim=2), dim=3)  # (out, in, 4, 4)
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)  # (B, C, 2H, 2W)
+        return F.conv_transpose2d(x, self.kernel(), self.conv.bias, stride=2, padding=1)  # (B, C, 2H, 2W)
+
+    def kernel(self) -> torch.Tensor:
+        """The sums, (in, out, 4, 4). While nothing is trained they are made once, and kept until the weights change."""
+        weight = self.conv.weight
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return double_kernel(double_kernel(weight, dim=2), dim=3).transpose(0, 1)
+        state = (weight._version, weight.data_ptr(), weight.dtype, weight.stride())
+        if self.kept is None or self.kept[0] is not weight or self.kept[1] != state:
+            last = weight.is_contiguous(memory_format=torch.channels_last)  # then the kernel is laid out like the weights
+            layout = torch.channels_last if last else torch.contiguous_format
+            kernel = double_kernel(double_kernel(weight, dim=2), dim=3).transpose(0, 1)
+            self.kept = weight, state, kernel.contiguous(memory_format=layout)
+        return self.kept[2]
 
 
 def double_kernel(kernel: torch.Tensor, dim: int) -> torch.Tensor:

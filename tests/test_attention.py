@@ -17,6 +17,7 @@ from minisd.attention import (
     SpatialTransformer,
     TransformerBlock,
     attend,
+    attend_in_pieces,
     attention_weights,
     record,
     spatial_transformers,
@@ -82,6 +83,8 @@ def test_attend_takes_the_plain_way_only_where_the_fused_backward_is_slow(monkey
         (torch.bfloat16, 64, False, 1),
         (torch.float32, 64, True, 1),
         (torch.bfloat16, 1024, True, 1),
+        (torch.bfloat16, 1024, False, 0),  # in pieces
+        (torch.float32, 1024, False, 1),
     ]:
         fused.clear()
         rows = torch.zeros(1, 1, places, 2, dtype=dtype, requires_grad=training)
@@ -91,6 +94,21 @@ def test_attend_takes_the_plain_way_only_where_the_fused_backward_is_slow(monkey
         fused.clear()
         attend(rows[..., :8, :].bfloat16(), rows[..., :8, :].bfloat16(), rows[..., :8, :].bfloat16())
     assert len(fused) == 1
+
+
+@pytest.mark.parametrize("common", [0.0, 8.0])
+@pytest.mark.parametrize("piece", [1, 200, 10_000])
+def test_large_tables_are_finished_in_pieces(monkeypatch, common, piece):
+    """As exact as two plain products, and more so where all keys have much in common, which bfloat16 cannot hold beside what differs."""
+    monkeypatch.setattr(module, "PIECE", piece)
+    q, k, v = (numbers(2, 3, n, 8, seed=n).bfloat16() for n in (50, 70, 70))
+    q, k = q + common / 4, k + common
+    exact = attention_weights(q.double(), k.double()) @ v.double()
+    ours, plain = attend_in_pieces(q, k, v), attention_weights(q, k) @ v
+    assert ours.shape == exact.shape and ours.dtype == torch.bfloat16
+    ours_off, plain_off = (ours - exact).square().mean(), (plain - exact).square().mean()
+    assert ours_off < (0.1 * plain_off if common else 1.2 * plain_off)
+    assert torch.equal(attend_in_pieces(q[0, 0], k[0, 0], v[0, 0]), ours[0, 0])
 
 
 def test_heads_work_each_on_their_own_numbers():

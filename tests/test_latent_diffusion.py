@@ -191,7 +191,7 @@ def test_latents_that_are_not_finite_stop_the_training_with_the_step(data, clip)
 # Near twins
 
 
-def test_twins_are_what_their_texts_say():
+def test_half_are_postcards_as_they_come_and_half_are_twins():
     images, texts = load_twins(64, phrasings=2, size=64)
     assert images.shape == (64, 3, 64, 64) and len(texts) == 64 and all(len(each) == 2 for each in texts)
     seen = read_attributes(images)
@@ -199,15 +199,13 @@ def test_twins_are_what_their_texts_say():
         right = caption_matches([parse_caption(each[k]) for each in texts], seen)
         assert right.float().mean() > 0.95  # the probe errs now and then
     stated = [parse_caption(text) for text, _ in texts]
-    for i in range(0, 32, 2):  # one thing: the same at another place
-        (first,), (second,) = stated[i]["things"], stated[i + 1]["things"]
-        assert (first["kind"], first["colour"]) == (second["kind"], second["colour"])
-        assert seen["kind"][i].max() == seen["kind"][i + 1].max() and seen["kind"][i].argmax() != seen["kind"][i + 1].argmax()
+    assert {len(one["things"]) for one in stated[:32]} == {1}  # as they come: of all kinds, on all grounds
+    assert len({one["things"][0]["kind"] for one in stated[:32]}) >= 6 and len({one["ground"] for one in stated[:32]}) == 4
     for i in range(32, 64, 4):  # two things: exchanged, colours exchanged, kinds exchanged
         assert len({text for text, _ in texts[i : i + 4]}) == 4
         assert len({frozenset(each["kind"] for each in one["things"]) for one in stated[i : i + 4]}) == 1
         assert len({frozenset(each["colour"] for each in one["things"]) for one in stated[i : i + 4]}) == 1
-    assert all(len({stated[j][name] for j in range(i, i + 2)}) == 1 for i in range(0, 64, 2) for name in ("sky", "ground"))
+        assert all(len({one[name] for one in stated[i : i + 4]}) == 1 for name in ("sky", "ground", "light"))
 
 
 def test_no_twin_shows_a_pair_that_is_kept_for_novel():
@@ -255,10 +253,11 @@ def test_the_whole_training_in_one_call(tmp_path):
     told = []
     run = {"pictures": 40, "steps": {"unet": 2}, "vae": "vae", "text_encoder": "clip", "batch_size": 4, "progress": False, "device": "cpu"}
     pipe = train_postcards(tmp_path / "model", report=told.append, **run)
-    assert len(told) == 1 and told[0].startswith("UNet: 2 steps")
+    assert told[0] == "drawing 40 postcards" and len(told) == 2 and told[1].startswith("UNet: 2 steps")
     again = StableDiffusion.load(tmp_path / "model", device="cpu")
-    ours, theirs = pipe.unet.state_dict(), again.unet.state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    in_training = StableDiffusion.load(tmp_path / "model" / "training" / "unet", device="cpu")
+    for name, tensor in pipe.unet.state_dict().items():
+        assert torch.equal(tensor, again.unet.state_dict()[name]) and torch.equal(tensor, in_training.unet.state_dict()[name])
     with pytest.raises(FileExistsError, match="holds a finished model"):
         train_postcards(tmp_path / "model", resume=True, **run)
 

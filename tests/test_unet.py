@@ -1,5 +1,6 @@
 """The UNet: equal to diffusers' by name and number, each part as its formula says, bad input refused in one sentence."""
 
+import copy
 from dataclasses import asdict
 
 import pytest
@@ -90,6 +91,35 @@ def test_downsample_visits_even_pixels():
     down.conv.weight.data[0, 0, 1, 1] = 1
     x = torch.arange(48.0).reshape(1, 1, 6, 8)
     assert torch.equal(down(x), x[:, :, ::2, ::2])
+
+
+def test_upsample_follows_its_weights():
+    """Without gradients the kernel is kept, but never longer than the weights stay as they are."""
+    up, x = randomise(Upsample(4)), torch.randn(1, 4, 3, 3)
+
+    def agrees() -> bool:
+        with torch.no_grad():
+            expected = F.conv2d(F.interpolate(x, scale_factor=2), up.conv.weight.float(), up.conv.bias.float(), padding=1)
+            return torch.allclose(up(x.to(up.conv.weight.dtype)).float(), expected, atol=0.1 if x.dtype != up.conv.weight.dtype else 1e-5)
+
+    assert agrees()
+    with torch.no_grad():
+        assert up.kernel() is up.kernel()
+        up.conv.weight.mul_(-2)
+    assert agrees()
+    up.load_state_dict({name: 2 * tensor for name, tensor in up.state_dict().items()})
+    assert agrees()
+    up.load_state_dict({name: -tensor for name, tensor in up.state_dict().items()}, assign=True)
+    assert agrees()
+    up.conv.weight.data = up.conv.weight.data.flip(2)
+    assert agrees()
+    up = copy.deepcopy(up).to(memory_format=torch.channels_last)
+    up.conv.weight.data[:] = 1
+    up.to(torch.bfloat16)
+    assert agrees()
+    assert up.state_dict().keys() == {"conv.weight", "conv.bias"}
+    weight = up.float().conv.weight
+    assert torch.autograd.grad(up(x).sum(), weight)[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8)])
