@@ -10,13 +10,14 @@ from text_ways import two_things  # the script beside this one
 
 from minisd.clip import load_clip, retrieval
 from minisd.ddpm import load_ddpm, sample_ddpm
-from minisd.drawing import render
+from minisd.drawing import render, segment
 from minisd.guidance import Guided, load_class
 from minisd.metrics import caption_accuracy, frechet_distance, nearest, read_attributes
 from minisd.pipeline import StableDiffusion
-from minisd.postcards import COLOURS, KINDS, Scenes, captions, sample_scenes
+from minisd.postcards import COLOURS, KINDS, Scenes, boxes, captions, sample_scenes
 from minisd.probe import load_probe, probe_accuracy
 from minisd.samplers import sample
+from minisd.segmenter import box_overlap, found_boxes, load_segmenter, overlap
 from minisd.text_to_image import load_text
 from minisd.utils import fast_dtype
 from minisd.vae_training import load_vae, psnr
@@ -36,6 +37,22 @@ def measure_probe(count: int) -> None:
                 scores = probe_accuracy(probe, scenes, pictures)
                 line = "  ".join(f"{attribute} {100 * score:.2f} %" for attribute, score in scores.items())
                 print(f"{split}, {things} thing{'s' * (things == 2)}, {name:14s} {line}", flush=True)
+
+
+def measure_segmenter(count: int) -> None:
+    """Share of right pixels, intersection over union of the maps and of the boxes around things, on clear pictures and on blurred ones."""
+    segmenter = load_segmenter()
+    for split in ("valid", "novel"):
+        for things in (1, 2):
+            scenes = sample_scenes(count, split=split, seed=FRESH, things=things)
+            images, wanted = render(scenes, 64), segment(scenes, 64)
+            blurred = torch.nn.functional.interpolate(images, size=(40, 40), mode="bilinear", antialias=True)
+            single = (scenes.kind[:, 0] != scenes.kind[:, 1])[:, None] & (scenes.kind >= 0)  # two of one kind share a box
+            for name, pictures in (("64 pixels", images), ("blurred to 40", blurred)):
+                seen = segmenter.read(pictures)
+                inside = box_overlap(found_boxes(seen, scenes.kind), boxes(scenes))[single].mean()
+                line = f"right pixels {(seen == wanted).float().mean():.2%}, intersection over union {overlap(seen, wanted).mean():.3f}"
+                print(f"{split}, {things} thing{'s' * (things == 2)}, {name:14s} {line}, of boxes {inside:.3f}", flush=True)
 
 
 def measure_ddpm(count: int) -> None:
@@ -212,6 +229,7 @@ def measure_postcards(count: int) -> None:
 
 MEASURES = {
     "probe": measure_probe,
+    "segmenter": measure_segmenter,
     "ddpm": measure_ddpm,
     "class": measure_class,
     "clip": measure_clip,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minisd.cli_draw import run_generate
+from minisd.cli_picture import add_picture_flags
 from minisd.cli_train import TRAINING_STEPS, run_train
 from minisd.cli_weights import run_convert, run_info
 
@@ -41,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         "ddpm: unconditional 32x32 pictures; class: pictures of the kind that is asked for; clip: which sentence belongs to which picture; "
     )
     models += "text: pictures of what a sentence says; vae: 64x64 pictures to small latents and back; "
-    models += "postcards: all parts of a latent diffusion model, from nothing; probe: reads postcards"
+    models += "postcards: all parts of a latent diffusion model, from nothing; inpainting, super-resolution, segmentation: a latent model "
+    models += "that paints into pictures, enlarges them, follows a map; probe, segmenter: read postcards"
     train.add_argument("model", choices=list(TRAINING_STEPS), help=models)
     defaults = ", ".join(f"{steps} for {name}" for name, steps in TRAINING_STEPS.items())
     train.add_argument("--steps", type=whole_number(1), help=f"training steps (default: {defaults})")
@@ -51,8 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     sources = "ddpm, class: 'postcards', a folder of pictures (class: with a sub-folder for each class) or a Hub id (default: postcards)"
     sources += "; clip, text: postcards, or a folder with captions or a Hub id; vae: postcards, any folder or a Hub id"
     train.add_argument("--data", default="postcards", help=sources)
-    train.add_argument("--pictures", type=whole_number(1), help="how many (default: 20000 postcards, or all of yours); not for probe")
-    train.add_argument("--start", help="vae: begin with the weights of this autoencoder, shipped or in a folder (default: random ones)")
+    train.add_argument(
+        "--pictures", type=whole_number(1), help="how many (default: 20000 postcards, or all of yours; 8000 for variants); not for probe"
+    )
+    start = "vae: begin with the weights of this autoencoder, shipped or in a folder (default: random ones); "
+    train.add_argument("--start", help=start + "inpainting, super-resolution, segmentation: the latent model (default: postcards)")
     only = "vae, with --start: leave the encoder, and so the latents, as they are, and train the decoder with the squared error"
     train.add_argument("--decoder-only", action="store_true", help=only)
     encoders = "text, postcards: the CLIP that reads the sentences, shipped or in a folder (default: clip; postcards trains one)"
@@ -81,8 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--out", type=Path, default=Path("grid.png"), help="picture file, a grid if there are several (default: grid.png)"
     )
-    scale = "enlarge each pixel this many times (default: 4, and 1 for pictures of 256 pixels and more)"
+    scale = "enlarge each pixel this many times (default: 4, and 1 for pictures of 256 pixels and more, or with --image)"
     generate.add_argument("--scale", type=whole_number(1), help=scale)
+    add_picture_flags(generate)
 
     published = "a Stable Diffusion 1.x, 2.x or XL: a diffusers folder, a .safetensors or .ckpt file, or a name on the Hub"
     info = verbs.add_parser("info", help="say what a file of published weights holds", description="Say what published weights hold.")

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from minisd.cli_picture import check_picture_flags, draw_from_picture
+
 
 def is_latent(name: str) -> bool:
     """Whether a model's name or path stands for a latent diffusion model: a shipped one, or anything that `StableDiffusion.load` opens."""
@@ -30,6 +32,8 @@ def draw_latent(options: argparse.Namespace) -> Any:
         print(f"note: {note}")
     size = None if options.size is None else options.size[0] if len(options.size) == 1 else tuple(options.size)
     asked = {name: getattr(options, name) for name in ("steps", "guidance", "sampler", "negative") if getattr(options, name) is not None}
+    if options.image is not None:
+        return draw_from_picture(pipe, options, **asked)
     latents = pipe.sample([options.prompt] * (options.n or 1), seed=options.seed, size=size, **asked)
     return pipe.decode(latents)
 
@@ -83,7 +87,9 @@ def run_generate(options: argparse.Namespace) -> None:
     if not options.out.resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder of --out {options.out} does not exist.")
     options.model = options.model or ("ddpm" if options.prompt is None else "postcards")
-    if is_latent(options.model):
+    latent = is_latent(options.model)
+    check_picture_flags(options, latent)
+    if latent:
         images = draw_latent(options)
         save_grid(images, max(1, round(len(images) ** 0.5)), options)
         return
@@ -113,6 +119,6 @@ def save_grid(images: Any, columns: int, options: argparse.Namespace) -> None:
     """Save pictures (n, 3, H, W) as one file, and say so."""
     from minisd.plots import make_grid
 
-    scale = options.scale or (4 if images.shape[-1] < 256 else 1)
+    scale = options.scale or (4 if images.shape[-1] < 256 and options.image is None else 1)  # with --image, pixels keep their bits
     make_grid(images, columns=min(8, columns), scale=scale).save(options.out)
     print(f"{len(images)} picture{'s' * (len(images) > 1)} in {options.out}")

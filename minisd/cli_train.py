@@ -3,14 +3,18 @@
 import argparse
 import time
 
-TRAINING_STEPS = {"ddpm": 2500, "class": 2500, "clip": 1000, "text": 2500, "vae": 2500, "postcards": 3000, "probe": 3000}
+from minisd.cli_variant import VARIANT_STEPS, train_variant
+
+TRAINING_STEPS = {"ddpm": 2500, "class": 2500, "clip": 1000, "text": 2500, "vae": 2500, "postcards": 3000}
+TRAINING_STEPS |= VARIANT_STEPS | {"probe": 3000, "segmenter": 1500}
 
 
 def run_train(options: argparse.Namespace) -> None:
     """`minisd train`: one model, from data to a folder with its weights."""
     steps = options.steps or TRAINING_STEPS[options.model]
-    if options.model != "vae" and (options.start is not None or options.decoder_only):
-        raise ValueError("--start and --decoder-only belong to the model vae.")
+    if options.model != "vae" and (options.decoder_only or (options.start is not None and options.model not in VARIANT_STEPS)):
+        variants = ", ".join(VARIANT_STEPS)
+        raise ValueError(f"--start and --decoder-only belong to the model vae; --start also to {variants}.")
     if options.text_encoder is not None and options.model not in ("text", "postcards"):
         raise ValueError("--text-encoder belongs to the models text and postcards.")
     if options.vae is not None and options.model != "postcards":
@@ -18,10 +22,16 @@ def run_train(options: argparse.Namespace) -> None:
     run = {"steps": steps, "out": options.out, "resume": options.resume, "seed": options.seed, "save_every": options.save_every}
     if options.model == "postcards":
         return train_everything(options, run)
+    if options.model in VARIANT_STEPS:
+        return train_variant(options, run)
     if options.model == "probe":
         from minisd.probe import train_probe
 
         trained = train_probe(**run)
+    elif options.model == "segmenter":
+        from minisd.segmenter import train_segmenter
+
+        trained = train_segmenter(**run)
     elif options.model in ("clip", "text"):
         trained = train_on_captions(options, run)
     elif options.model == "vae":

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 
 from minisd.checkpoints import OUR_CONFIG, OUR_FILE, OUR_GUIDANCE, OUR_SCHEDULER, Checkpoint, Part, open_checkpoint
+from minisd.conditional_unet import ConditionalUNet
 from minisd.config import FAMILIES, family_of, text_settings, unet_settings, vae_settings
 from minisd.layouts import TEXT, TEXT_2, UNET, VAE, Place, diffusers_places, ldm_places
 from minisd.loading import find_source, load_tokenizers, probe_prediction, published_scheduler, variant_order
 from minisd.noise import check_prediction_type
 from minisd.pipeline import StableDiffusion
 from minisd.tensor_files import Entry, InMemory, write_safetensors
+from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
+from minisd.vae import AutoencoderKL
 
 LIBRARIES = {UNET: ["diffusers", "UNet2DConditionModel"], VAE: ["diffusers", "AutoencoderKL"]}
 SETTINGS: dict[str, Callable[[Any], dict]] = {UNET: unet_settings, VAE: vae_settings, TEXT: text_settings, TEXT_2: text_settings}
@@ -72,11 +75,17 @@ def convert(
 def save_pipeline(pipe: StableDiffusion, target: str | Path) -> Path:
     """Write a model from memory: as a single file if `target` ends in .safetensors, else as a folder that diffusers opens.
 
-    Each tensor keeps its dtype. Raises `FileExistsError` where the folder holds a model already.
+    Each tensor keeps its dtype. Raises `FileExistsError` where the folder holds a model already, and `ValueError` for parts that
+    neither layout has a place for.
     """
     target = Path(target)
     named = zip((TEXT, TEXT_2), pipe.text_encoders)
     models = {UNET: pipe.unet, VAE: pipe.vae, **dict(named)}
+    for name, model in models.items():
+        known = {UNET: ConditionalUNet, VAE: AutoencoderKL}.get(name, TextEncoder)
+        if not isinstance(model, known):
+            strange = f"the {name} is a {type(model).__name__}, for which no published layout has a place"
+            raise ValueError(f"{strange}; minisd.weights.save_model keeps the weights of a single part.")
     parts = {
         name: Part(name, model.config, InMemory(model.state_dict()), f"this {name}").locate(diffusers_places(name))
         for name, model in models.items()
@@ -184,7 +193,7 @@ def write_part(part: Part, folder: Path, dtype: torch.dtype | None) -> None:
 def model_index(checkpoint: Checkpoint, scheduler: str) -> dict[str, Any]:
     """model_index.json: which class of which library opens which folder."""
     large = TEXT_2 in checkpoint.parts
-    kind = f"StableDiffusion{'XL' * large}{'Inpaint' * bool(checkpoint.task)}Pipeline"
+    kind = f"StableDiffusion{'XL' * large}{'Inpaint' * (checkpoint.task == 'inpainting')}Pipeline"
     index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": "0.32.0", **LIBRARIES, "scheduler": ["diffusers", scheduler]}
     index |= {TEXT: ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     if large:

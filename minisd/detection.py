@@ -35,7 +35,8 @@ STRANGERS = {
     r"string_to_param|emb_params|clip_[lg]$": "a textual inversion: vectors for a few new words, not a model",
     r"edm_vpred\.": "a model trained by another rule (EDM), such as CosXL",
 }
-TASKS = {4: "", 9: "inpainting"}  # what a UNet with so many input channels is for
+# What a UNet with so many input channels is for. The last two are those of lesson 11: 12 + 1 and 4 x 11 channels beside the latents.
+TASKS = {4: "", 9: "inpainting", 17: "super-resolution", 48: "segmentation maps"}
 OTHER_TASKS = {8: "an instruct-pix2pix model", 5: "a depth-guided model", 7: "an upscaler"}
 
 # %% auto #0
@@ -143,7 +144,8 @@ def check_parts(family: str, configs: dict[str, Any], where: str) -> None:
     if unet.in_channels not in TASKS or unet.out_channels != latent or latent != 4:
         strange = f"a UNet of {unet.in_channels} and {unet.out_channels} channels over latents of {latent}"
         what = OTHER_TASKS.get(unet.in_channels, strange)
-        raise ValueError(f"{where} is {what}, which is not built here; known are 4 channels, and 9 for inpainting.")
+        known = ", ".join(f"{channels} for {task}" for channels, task in TASKS.items() if task)
+        raise ValueError(f"{where} is {what}, which is not built here; known are 4 channels, {known}.")
     texts = [configs[name] for name in (TEXT, TEXT_2) if name in configs]
     if len(texts) != len(FAMILIES[family].pads):
         raise ValueError(f"{where} has {len(texts)} text encoders, and {FAMILIES[family].name} has {len(FAMILIES[family].pads)}.")

@@ -173,7 +173,8 @@ class StableDiffusion:
         if len(away) not in (1, len(prompts)):
             raise ValueError(f"got {len(away)} negative prompts for {len(prompts)} prompts; give one for each, or one for all.")
         if self.unet.config.in_channels != self.vae.config.latent_channels:
-            raise ValueError(f"this UNet takes {self.unet.config.in_channels} channels, not only latents: it paints into a given picture.")
+            channels = self.unet.config.in_channels
+            raise ValueError(f"this UNet takes {channels} channels: it must see more than latents, such as a picture to paint into.")
         name = sampler or self.scheduler.sampler
         if name not in SAMPLERS:
             raise ValueError(f"Unknown sampler {name!r}; known are {', '.join(SAMPLERS)}.")

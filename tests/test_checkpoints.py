@@ -576,7 +576,7 @@ def test_inpainting(family, tokenizer, tmp_path):
         question = inputs(loaded.unet.config)
         with torch.no_grad():
             assert off(loaded.unet(*question[:3]), theirs(reference_unet(family, in_channels=9), *question)) <= 1e-5
-        with pytest.raises(ValueError, match="this UNet takes 9 channels, not only latents: it paints into a given picture"):
+        with pytest.raises(ValueError, match="this UNet takes 9 channels: it must see more than latents, such as a picture to paint into"):
             loaded.sample("a boat", steps=1)
     convert(tmp_path / "x.safetensors", tmp_path / "y", tokenizer=tokenizer)
     assert json.loads((tmp_path / "y/model_index.json").read_text())["_class_name"] == "StableDiffusionInpaintPipeline"
