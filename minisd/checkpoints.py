@@ -108,12 +108,12 @@ class Part:
         place = self.places[name]
         stored = self.file.read(place.name)
         tensor = place.cut(stored, self.shapes[name]).to(device, dtype)
-        if channels_last and tensor.ndim == 4:
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
         checked = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # eight bits know no smallest and largest
         if tensor.numel() and not torch.stack(torch.aminmax(checked)).isfinite().all():
             why = f" in {tensor.dtype}".replace("torch.", "") if tensor.dtype != stored.dtype and stored.isfinite().all() else ""
             raise ValueError(f"{self.where}: {place.name} holds NaN or infinity{why}: the file is damaged, or its training had failed.")
+        if channels_last and tensor.ndim == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)  # only now: the search for NaN is slow in this layout
         if tensor.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():  # copied: the file's pages are not needed any more
             self.file.release(place.name)
         return tensor
