@@ -19,6 +19,7 @@ from minisd.pipeline import StableDiffusion
 from minisd.schedulers import read_scheduler
 from minisd.tokenizer import Tokenizer
 from minisd.utils import default_device, fast_dtype
+from minisd.weights import shipped_models
 
 SMALL = 50_000_000  # a UNet with fewer parameters keeps its weights in float32 where no dtype is asked for
 
@@ -88,7 +89,7 @@ def load(
     if prediction_type is not None:
         check_prediction_type(prediction_type)
     device = torch.device(device or default_device())
-    if is_latent_folder(source):
+    if str(source) in shipped_models() or is_latent_folder(source):
         return load_shipped(source, dtype, device)
     variants = variant_order(variant, dtype or fast_dtype(device))
     checkpoint = open_checkpoint(find_source(source, variants), variants, ema)
