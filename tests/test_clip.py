@@ -29,6 +29,7 @@ from minisd.postcards import KINDS, captions, sample_scenes
 from minisd.text_encoder import EncoderLayer, TextConfig, TextEncoder, TextFeatures, quick_gelu
 from minisd.tokenizer import Tokenizer
 from minisd.weights import shipped_models
+from tests.real_models import shake
 
 START, END = 49406, 49407
 # width, MLP width, layers, heads, activation, projection: the three encoders that Stable Diffusion reads, and small ones of the same kind
@@ -100,16 +101,6 @@ def ours_with(config: TextConfig, weights: dict[str, torch.Tensor]) -> TextEncod
         encoder = TextEncoder(config)
     encoder.load_state_dict(weights, assign=True)
     return encoder.eval()
-
-
-def shake(module: nn.Module) -> nn.Module:
-    """Random numbers for what starts as 0 or 1, so that no bias and no norm can be left out unseen."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in module.parameters():
-            if weight.ndim == 1:
-                weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
-    return module.eval()
 
 
 @pytest.mark.parametrize("sizes", SIZES)

@@ -30,6 +30,7 @@ from minisd.vae_training import (
     vae_loss,
 )
 from minisd.weights import read_model, shipped_models
+from tests.real_models import shake
 
 SMALL = {"block_out_channels": (16, 32, 48, 48), "layers_per_block": 2, "norm_num_groups": 8}
 FULL = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32}
@@ -41,16 +42,6 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest difference, as a share of the largest value."""
     assert ours.shape == theirs.shape
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
-def shake(module: nn.Module) -> nn.Module:
-    """Random numbers for what starts as 0 or 1, so that no bias and no norm can be left out unseen."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in module.parameters():
-            if weight.ndim == 1:
-                weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
-    return module.eval()
 
 
 def from_diffusers(config: dict, levels: int = 4):
