@@ -4,15 +4,19 @@
     python benchmarks/latent_text.py FOLDER/training/clip           the one that `minisd train postcards --out FOLDER` trained
     python benchmarks/latent_text.py clip --layers 3 --steps 1000   and a UNet trained for 1,000 steps with its last layer
     python benchmarks/latent_text.py ideal --steps 1000             no CLIP: vectors learned for what is in the scene itself
+    python benchmarks/latent_text.py ideal --steps 1000 --centre 0.5   the same, with the timesteps of the models on pixels
 
-Three measurements. *Twins*: how often CLIP finds its own sentence nearer to the picture than the same with exchanged colours, or sides.
+Four measurements. *Twins*: how often CLIP finds its own sentence nearer to the picture than the same with exchanged colours, or sides.
+*Own*: of the vectors at the eight kinds, the share of their variance that is due to which word it is, and not to its sentence, by layer.
 *Reader*: a small network with one cross-attention learns, from sentences of the split `train`, to say kind and colour of each thing;
 how often is it right for new sentences, and for new pairs? *UNet*: `minisd.latent_diffusion.measure` after so many steps.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -21,10 +25,19 @@ from torch import nn
 
 from minisd.clip import CLIP, load_clip
 from minisd.conditional_unet import ConditionalUNet, ConditionalUNetConfig
-from minisd.ddpm import Denoiser
+from minisd.ddpm import Denoiser, middle_timesteps
 from minisd.drawing import render
 from minisd.guidance import Guided
-from minisd.latent_diffusion import POSTCARDS_CONFIG, allowed, encode_pictures, join, measure, text_part, train_latent
+from minisd.latent_diffusion import (
+    POSTCARDS_CONFIG,
+    allowed,
+    encode_pictures,
+    join,
+    latent_timesteps,
+    measure,
+    text_part,
+    train_latent,
+)
 from minisd.metrics import caption_accuracy
 from minisd.postcards import COLOURS, KINDS, attributes, captions, sample_scenes
 from minisd.samplers import dpmpp_2m
@@ -52,6 +65,17 @@ def twins(model: CLIP, tokenizer: Tokenizer, count: int) -> dict[str, float]:
         theirs = model.encode_text(tokenizer(captions(other, seed=9)))
         shares[what] = ((pictures * own).sum(1) > (pictures * theirs).sum(1)).float().mean().item()
     return shares
+
+
+@torch.no_grad()
+def own_share(encoder: TextEncoder, tokenizer: Tokenizer, count: int = 2_000) -> float:
+    """Of the vectors at the eight kinds in `count` sentences: the share of their variance that lies between words, not within one."""
+    ids = tokenizer(captions(sample_scenes(count, split="valid", seed=34, things=1), seed=34))
+    vectors = torch.cat([encoder(part).sequence for part in ids.split(200)])  # (N, L, 128)
+    groups = [vectors[ids == tokenizer.encode(kind)[0]] for kind in KINDS]  # (about N / 8, 128) each
+    everything = torch.cat(groups)
+    within = sum((group - group.mean(0)).square().sum() for group in groups)
+    return 1 - (within / (everything - everything.mean(0)).square().sum()).item()
 
 
 class Reader(nn.Module):
@@ -142,21 +166,24 @@ class Both(nn.Module):
         return self.unet(x, timesteps, self.text(context).sequence)
 
 
-def ideal(latents: torch.Tensor, vae: AutoencoderKL, steps: int, count: int) -> dict[str, float]:
-    """`measure` for a UNet that reads ideal vectors."""
+def ideal(
+    latents: torch.Tensor, vae: AutoencoderKL, steps: int, count: int, batch_size: int, pick: Callable, guidance: float
+) -> dict[str, float]:
+    """`measure` for a UNet that reads ideal vectors and was trained with the timesteps that `pick` picks."""
     half = len(latents) // 2  # as `load_pairs` draws them
     codes = torch.cat([Ideal.codes(sample_scenes(half, split="train", seed=things - 1, things=things)) for things in (1, 2)])
     settings = read_scheduler(POSTCARDS_CONFIG["scheduler"])
     torch.manual_seed(0)
     model = Both(ConditionalUNetConfig(**POSTCARDS_CONFIG["unet"]))
-    loss_fn = text_loss(settings.schedule, settings.prediction_type, lambda ids: SimpleNamespace(sequence=ids), model.text.nothing)
-    options = {"batch_size": 32, "lr": 3e-3, "optimizer": "muon", "warmup": 50, "ema_decay": 0.998}
+    as_they_are = lambda ids: SimpleNamespace(sequence=ids)  # noqa: E731
+    loss_fn = text_loss(settings.schedule, settings.prediction_type, as_they_are, model.text.nothing, pick_timesteps=pick)
+    options = {"batch_size": batch_size, "lr": 3e-3, "optimizer": "muon", "warmup": 50, "ema_decay": 0.998}
     model = train(model, loss_fn, (latents, codes[:, None]), steps=steps, **options).model.eval()
     shares = {}
     for split, things in SPLITS:
         scenes = sample_scenes(count, split=split, seed=1_000 + things, things=things)
         denoiser = Denoiser(model, settings.schedule, settings.prediction_type)
-        guided = Guided(denoiser, POSTCARDS_CONFIG["guidance"], {"context": model.text.nothing})
+        guided = Guided(denoiser, guidance, {"context": model.text.nothing})
         noise = torch.randn(count, *latents.shape[1:], generator=torch.Generator().manual_seed(1_000))
         with torch.no_grad():
             drawn = dpmpp_2m(guided, noise, settings.path(25), progress=False, context=Ideal.codes(scenes))
@@ -176,14 +203,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="of a UNet (default: none is trained)")
     parser.add_argument("--count", type=int, default=512, help="sentences for each share (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=20_000, help="that the UNet is trained on (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="of the UNet's training (default: %(default)s)")
+    parser.add_argument("--centre", type=float, help="ideal: of the timesteps, t / T = sigmoid(centre) (default: as in `latent_timesteps`)")
+    parser.add_argument("--guidance", type=float, default=POSTCARDS_CONFIG["guidance"], help="scale to draw with (default: %(default)s)")
     parser.add_argument("--vae", default="vae", help="an autoencoder, shipped or in a folder (default: %(default)s)")
     options = parser.parse_args()
     if options.clip == "ideal" and not options.steps:
         parser.error("ideal vectors are trained along with a UNet: say how long, with --steps.")
+    if options.clip != "ideal" and options.centre is not None:
+        parser.error("--centre is for ideal vectors.")
     if options.clip != "ideal":
         clip, tokenizer = load_clip(options.clip, "cpu")
         encoder = text_part(clip.text, options.layers)
         say("twins", twins(clip, tokenizer, options.count))
+        layers = range(1, clip.text.config.num_hidden_layers + 1)
+        say("own", {f"layer {layer}": own_share(text_part(clip.text, layer), tokenizer) for layer in layers})
         say("reader", reader(encoder, tokenizer, options.count))
     if options.steps:
         images, texts = load_pairs(options.pictures, size=64)
@@ -192,10 +226,11 @@ def main() -> None:
         del images
         start = time.perf_counter()
         if options.clip == "ideal":
-            shares = ideal(latents, vae, options.steps, options.count)
+            pick = latent_timesteps if options.centre is None else partial(middle_timesteps, centre=options.centre)
+            shares = ideal(latents, vae, options.steps, options.count, options.batch_size, pick, options.guidance)
         else:
-            unet = train_latent(latents, texts, options.steps, encoder, tokenizer, device="cpu").model
-            shares = measure(join(unet, vae, encoder, tokenizer, POSTCARDS_CONFIG), options.count)
+            unet = train_latent(latents, texts, options.steps, encoder, tokenizer, device="cpu", batch_size=options.batch_size).model
+            shares = measure(join(unet, vae, encoder, tokenizer, POSTCARDS_CONFIG | {"guidance": options.guidance}), options.count)
         say("UNet", shares)
         print(f"         {options.steps} steps and measuring took {time.perf_counter() - start:.0f} s")
 

@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--size", type=whole_number(8), nargs="+", help="latent models: side, or height and width, in pixels")
     generate.add_argument("--label", help="models with classes: what to draw, such as boat (default: each class in turn)")
     generate.add_argument(
-        "--guidance", type=number, help="models of classes or text: guidance scale; 1 is none (default: the model's own, 3)"
+        "--guidance", type=number, help="models of classes or text: guidance scale; 1 is none (default: the model's own, 2 or 3)"
     )
     generate.add_argument("--negative", help="models of classes or text: a class, or a text, to stay away from")
     generate.add_argument("--seed", type=whole_number(0), default=0)

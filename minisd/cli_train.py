@@ -5,7 +5,7 @@ import time
 
 from minisd.cli_variant import VARIANT_STEPS, train_variant
 
-TRAINING_STEPS = {"ddpm": 2500, "class": 2500, "clip": 1000, "text": 2500, "vae": 2500, "postcards": 3000}
+TRAINING_STEPS = {"ddpm": 2500, "class": 2500, "clip": 1000, "text": 2500, "vae": 2500, "postcards": 4500}
 TRAINING_STEPS |= VARIANT_STEPS | {"probe": 3000, "segmenter": 1500}
 
 

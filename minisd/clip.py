@@ -141,9 +141,16 @@ CLIP_CONFIG = {
 }
 
 
-def build_clip(config: dict) -> CLIP:
-    """An untrained CLIP for a configuration such as `CLIP_CONFIG`."""
-    return CLIP(TextEncoder(TextConfig(**config["text"])), ImageEncoder(**config["image"]))
+def build_clip(config: dict, embedding_scale: float = 1.0) -> CLIP:
+    """An untrained CLIP for a configuration such as `CLIP_CONFIG`.
+
+    `embedding_scale`: how many times as long as CLIP's own the first vectors of tokens and positions are; the layers stay as they are.
+    """
+    model = CLIP(TextEncoder(TextConfig(**config["text"])), ImageEncoder(**config["image"]))
+    with torch.no_grad():
+        for table in model.text.text_model.embeddings.children():
+            table.weight.mul_(embedding_scale)
+    return model
 
 
 def trimmed(ids: torch.Tensor) -> torch.Tensor:
@@ -181,12 +188,14 @@ def train_clip(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
     group: int = 1,
+    embedding_scale: float = 1.0,
     **options,
 ) -> tuple[Trained, Tokenizer]:
     """Train the course's CLIP on images (N, 3, H, W) in [-1, 1] and N lists of phrasings, equally many for each; with `out`, keep it there.
 
     `tokenizer`: default is one that is trained on the texts. `group`: so many pictures after another stay together in a batch, such as
-    near twins, which the texts then have to tell apart. `options` go to `train` (`device`, `progress`, `callback`, ...).
+    near twins, which the texts then have to tell apart. `embedding_scale`: of the first vectors, see `build_clip`.
+    `options` go to `train` (`device`, `progress`, `callback`, ...).
     Raises `ValueError` when images and texts do not fit.
     """
     flat = flattened(images, texts)
@@ -196,7 +205,7 @@ def train_clip(
     text = CLIP_CONFIG["text"] | {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": tokenizer.length}
     config = CLIP_CONFIG | {"text": text}
     torch.manual_seed(seed)  # the first weights
-    model = build_clip(config)
+    model = build_clip(config, embedding_scale)
     settings = {"steps": steps, "batch_size": 128 // group, "lr": 1e-3, "ema_decay": 0.99, "out": out, "resume": resume, "seed": seed}
     data = (images, ids) if group == 1 else (images.unflatten(0, (-1, group)), ids.unflatten(0, (-1, group)))
     trained = train(model, clip_loss, data, **settings | options)

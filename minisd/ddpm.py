@@ -184,9 +184,9 @@ def weigh_as_v(schedule: NoiseSchedule, timesteps: torch.Tensor, limit: float = 
 
 
 # %% ../lessons/03_ddpm.ipynb #21946502
-def middle_timesteps(count: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
-    """(count,) timesteps: four in five where shapes are decided, t / T = sigmoid(0.5 + 1.1 n) with n normal, the rest anywhere."""
-    middle = torch.sigmoid(0.5 + 1.1 * torch.randn(count, generator=generator))
+def middle_timesteps(count: int, num_timesteps: int, generator: torch.Generator, centre: float = 0.5) -> torch.Tensor:
+    """(count,) timesteps: four in five where shapes are decided, t / T = sigmoid(centre + 1.1 n) with n normal, the rest anywhere."""
+    middle = torch.sigmoid(centre + 1.1 * torch.randn(count, generator=generator))
     anywhere = torch.rand(count, generator=generator)
     share = torch.where(torch.rand(count, generator=generator) < 0.2, anywhere, middle)
     return (num_timesteps * share).long().clamp(max=num_timesteps - 1)

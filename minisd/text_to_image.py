@@ -60,13 +60,19 @@ def open_doors(config: dict[str, Any], start: str | Path = "class") -> Folded:
 
 # %% ../lessons/08_cross_attention.ipynb #2238c842
 def text_loss(
-    schedule: NoiseSchedule, prediction_type: str, encoder: nn.Module, empty: torch.Tensor, dropout: float = 0.1
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    encoder: nn.Module,
+    empty: torch.Tensor,
+    dropout: float = 0.1,
+    pick_timesteps: Callable[[int, int, torch.Generator], torch.Tensor] = middle_timesteps,
 ) -> Callable[..., torch.Tensor]:
     """`diffusion_loss` for batches of images (B, 3, H, W) and token ids (B, V, L): one of V phrasings, or with `dropout` the empty text.
 
-    Timesteps and weights as in `class_loss`. `encoder(ids).sequence` is the context; it is not trained. `empty`: (1, L), the ids of "".
+    Weights as in `class_loss`, and timesteps too unless `pick_timesteps(count, num_timesteps, generator)` picks others.
+    `encoder(ids).sequence` is the context; it is not trained. `empty`: (1, L), the ids of "".
     """
-    diffusion = diffusion_loss(schedule, prediction_type, middle_timesteps, weigh_as_v)
+    diffusion = diffusion_loss(schedule, prediction_type, pick_timesteps, weigh_as_v)
 
     def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
         pictures, ids = batch

@@ -412,6 +412,29 @@ def test_the_loss_reads_one_phrasing_or_the_empty_text():
     assert sum(counts.values()) == 400 and 60 < counts[9, 9] < 140 and min(counts.values()) > 60
 
 
+def test_text_loss_asks_for_its_timesteps():
+    asked, generator = [], torch.Generator().manual_seed(0)
+
+    def early(count, num_timesteps, given):
+        asked.append((count, num_timesteps, given is generator))
+        return torch.arange(count)
+
+    class Told(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, timesteps, context):
+            asked.append(timesteps.tolist())
+            return self.weight * x
+
+    encoder = nn.Module()
+    encoder.forward = lambda ids: TextFeatures(torch.zeros(len(ids), 2, 4), None, ())
+    loss_fn = text_loss(NoiseSchedule("cosine"), "sample", encoder, torch.tensor([[9, 9]]), pick_timesteps=early)
+    assert loss_fn(Told(), (numbers(6, 3, 4, 4), torch.ones(6, 1, 2, dtype=torch.long)), generator).isfinite()
+    assert asked == [(6, 1000, True), [0, 1, 2, 3, 4, 5]]
+
+
 def test_a_trained_model_loads_and_draws(trained):
     folder, run = trained
     config = json.loads((folder / "config.json").read_text())

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 def test_trains_all_parts_and_measures(folder, capsys):
     assert {path.name for path in folder.iterdir()} >= {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "training"}
     pipe = StableDiffusion.load(folder, device="cpu")
-    assert pipe.guidance == 3.0 and pipe.unet.config.sample_size == 8
+    assert pipe.guidance == 2.0 and pipe.unet.config.sample_size == 8
     assert main(["train", "postcards", "--steps", "2", "--out", str(folder)]) == 1
     assert "holds a finished model" in capsys.readouterr().err
 

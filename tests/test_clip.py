@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import minisd.clip
 from minisd.clip import (
     CLIP,
     CLIP_CONFIG,
@@ -450,6 +451,28 @@ def test_texts_are_no_token_ids():
 def test_texts_that_do_not_fit_are_refused_before_training(texts):
     with pytest.raises(ValueError, match="2 images need 2 lists of phrasings"):
         train_clip(torch.zeros(2, 3, 32, 32), texts, steps=1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_only_the_first_vectors_are_scaled(scale):
+    config = CLIP_CONFIG | {"text": CLIP_CONFIG["text"] | {"vocab_size": 50}}
+    torch.manual_seed(0)
+    plain = build_clip(config).state_dict()
+    torch.manual_seed(0)
+    scaled = build_clip(config, embedding_scale=scale).state_dict()
+    for name, tensor in plain.items():
+        factor = scale if "embeddings" in name else 1.0
+        assert torch.equal(scaled[name], factor * tensor), name
+    assert scaled["text.text_model.embeddings.token_embedding.weight"].std().item() == pytest.approx(0.02 * scale, rel=0.1)
+
+
+def test_training_begins_with_the_scaled_vectors(monkeypatch):
+    begun = []
+    monkeypatch.setattr(minisd.clip, "train", lambda model, *data, **settings: begun.append(model))
+    for scale in (1.0, 50.0):
+        train_clip(torch.zeros(2, 3, 32, 32), [["a boat"], ["a tent"]], steps=1, embedding_scale=scale)
+    quiet, loud = (model.text.text_model.embeddings.token_embedding.weight for model in begun)
+    assert torch.equal(loud, 50 * quiet)
 
 
 # The shipped model

@@ -297,6 +297,15 @@ def test_middle_timesteps_stay_in_range_and_favour_the_middle():
     assert middle_timesteps(1000, 50, torch.Generator().manual_seed(0)).max() < 50
 
 
+@pytest.mark.parametrize(("centre", "share"), [(-1.0, 0.269), (0.5, 0.622), (2.0, 0.881)])
+def test_the_middle_can_be_moved(centre, share):
+    t = middle_timesteps(20_000, 1000, torch.Generator().manual_seed(0), centre=centre)
+    bell = 1.1 * torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    near = (t - (1000 * torch.sigmoid(centre + bell)).long()).abs() == 0
+    assert near.float().mean() == pytest.approx(0.8, abs=0.02)  # the others come from anywhere
+    assert t[near].median().item() == pytest.approx(1000 * share, abs=10)
+
+
 def two_greys(count):
     """Pictures that are all dark for class 0 and all bright for class 1."""
     labels = torch.arange(count) % 2

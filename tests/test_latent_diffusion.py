@@ -6,13 +6,18 @@ import math
 import pytest
 import torch
 
+import minisd.latent_diffusion
+from minisd.cli_train import TRAINING_STEPS
 from minisd.clip import load_clip
 from minisd.conditional_unet import ConditionalUNet, ConditionalUNetConfig
 from minisd.latent_diffusion import (
+    CLIP_OPTIONS,
     POSTCARDS_CONFIG,
+    POSTCARDS_STEPS,
     allowed,
     encode_pictures,
     join,
+    latent_timesteps,
     load_shipped,
     load_twins,
     measure,
@@ -111,6 +116,20 @@ def test_clips_loss_reaches_the_end_token_alone_in_the_last_layer(clip):
 
 
 # Training
+
+
+def test_timesteps_of_latents_lie_where_their_shapes_are_decided(data, clip, monkeypatch):
+    drawn = latent_timesteps(20_000, 1000, torch.Generator().manual_seed(0))
+    assert 0 <= drawn.min() and drawn.max() <= 999 and 0.1 < (drawn > 500).float().mean() < 0.3 and 270 < drawn.median() < 330
+    asked = []
+
+    def spy(count, num_timesteps, generator):
+        asked.append(count)
+        return latent_timesteps(count, num_timesteps, generator)
+
+    monkeypatch.setattr(minisd.latent_diffusion, "latent_timesteps", spy)
+    train_tiny(data, clip, 3)
+    assert asked == [4, 4, 4]  # a batch at each step
 
 
 def train_tiny(data, clip, steps, **options):
@@ -260,6 +279,24 @@ def test_the_whole_training_in_one_call(tmp_path):
         assert torch.equal(tensor, again.unet.state_dict()[name]) and torch.equal(tensor, in_training.unet.state_dict()[name])
     with pytest.raises(FileExistsError, match="holds a finished model"):
         train_postcards(tmp_path / "model", resume=True, **run)
+
+
+def test_the_whole_training_trains_clip_with_twins_and_loud_words(tmp_path, monkeypatch):
+    """The options reach `train_clip`, and what the caller asks for goes before them."""
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def stand_in(images, texts, steps, out, **options):
+        seen.update(options, count=len(images), steps=steps)
+        raise Stop
+
+    monkeypatch.setattr(minisd.latent_diffusion, "train_clip", stand_in)
+    with pytest.raises(Stop):
+        train_postcards(tmp_path, pictures=17, vae="vae", progress=False, lr=1e-4)
+    assert seen | CLIP_OPTIONS | {"lr": 1e-4, "count": 16, "steps": POSTCARDS_STEPS["clip"]} == seen
+    assert TRAINING_STEPS["postcards"] == POSTCARDS_STEPS["unet"]  # the default of the command line
 
 
 def test_pictures_that_are_measured_are_not_those_of_training():
