@@ -14,8 +14,8 @@ from torch import nn
 
 from minisd.applications import hole_beside
 from minisd.clip import flattened
-from minisd.ddpm import diffusion_loss, weigh_as_v
-from minisd.latent_diffusion import encode_pictures, latent_timesteps
+from minisd.ddpm import diffusion_loss, middle_timesteps, weigh_as_v
+from minisd.latent_diffusion import encode_pictures
 from minisd.pipeline import StableDiffusion
 from minisd.postcards import COLOURS, KINDS, Scenes, boxes
 from minisd.train import Trained, train
@@ -35,12 +35,12 @@ def tune(
 ) -> Trained:
     """Go on training `model`, a UNet or one with a new door, with the pipeline's own schedule and prediction type.
 
-    Timesteps are `latent_timesteps`, weights as in `class_loss`. `data`: latents (N, 4, h, w), then what
-    `tell(generator, *rest_of_the_batch)` makes the UNet's conditions of. `options` go to `train`.
+    Timesteps and weights as in `class_loss`. `data`: latents (N, 4, h, w), then what `tell(generator, *rest_of_the_batch)` makes the
+    UNet's conditions of. `options` go to `train`.
     """
     settings = pipe.scheduler
     weigh = weigh_as_v if settings.prediction_type == "sample" else None
-    diffusion = diffusion_loss(settings.schedule, settings.prediction_type, latent_timesteps, weigh)
+    diffusion = diffusion_loss(settings.schedule, settings.prediction_type, middle_timesteps, weigh)
 
     def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, ...], generator: torch.Generator) -> torch.Tensor:
         latents, *rest = batch
