@@ -175,7 +175,10 @@ def ideal(
     settings = read_scheduler(POSTCARDS_CONFIG["scheduler"])
     torch.manual_seed(0)
     model = Both(ConditionalUNetConfig(**POSTCARDS_CONFIG["unet"]))
-    as_they_are = lambda ids: SimpleNamespace(sequence=ids)  # noqa: E731
+
+    def as_they_are(ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sequence=ids)  # `Both` looks the vectors up itself
+
     loss_fn = text_loss(settings.schedule, settings.prediction_type, as_they_are, model.text.nothing, pick_timesteps=pick)
     options = {"batch_size": batch_size, "lr": 3e-3, "optimizer": "muon", "warmup": 50, "ema_decay": 0.998}
     model = train(model, loss_fn, (latents, codes[:, None]), steps=steps, **options).model.eval()
