@@ -116,7 +116,7 @@ POSTCARDS_CONFIG = {
             sample_size=8,
         )
     ),
-    "scheduler": scheduler_config(NoiseSchedule("scaled_linear"), "sample", "dpmpp_2m", "trailing", offset=1),
+    "scheduler": scheduler_config(NoiseSchedule("scaled_linear"), "sample", "ddpm", "trailing", offset=1),
     "text_layers": 2,  # of CLIP's three: the UNet reads what leaves the last but one
     "guidance": 2.0,
 }

@@ -67,6 +67,7 @@ def interpolate(
 
     `prompt`: two texts or more. `seed`: one noise for the whole film, or a list with one for each prompt, and then the noise
     wanders along. `way`, `noise_way`: "lerp" or "slerp" (see `mix`), for the vector of each token and for the whole noise.
+    Where the model's own sampler adds fresh noise, which would make the film flicker, `dpmpp_2m` takes its place unless you name one.
     `minisd.plots.save_film` makes a GIF of the result. Raises `ValueError` for less than two prompts or frames.
     """
     if isinstance(prompt, str) or len(prompt) < 2 or frames < 2:
@@ -84,6 +85,8 @@ def interpolate(
         each = each.expand(len(prompt), *each.shape[1:])
         rows[name] = torch.cat([mix(each[i : i + 1], each[i + 1 : i + 2], x - i, way) for x, i in zip(at, before)])
     denoiser, path, film = pipe.denoiser(guidance, negative), pipe.scheduler.path(steps), []
+    if pipe.scheduler.sampler in ("ddpm", "euler_ancestral"):
+        options = {"sampler": "dpmpp_2m"} | options
     for first in range(0, frames, batch_size):
         part = slice(first, first + batch_size)
         conditions = {name: each[part] for name, each in rows.items()}

@@ -62,30 +62,27 @@ def perceptual_distance(probe: Probe, images: torch.Tensor, others: torch.Tensor
 
 # %% ../lessons/09_vae.ipynb #e00ece1b
 def exchange_channels(images: torch.Tensor, generator: torch.Generator, share: float = 0.5) -> torch.Tensor:
-    """Pictures (B, C, H, W) with the colour channels of about `share` of them in a random order; the others as they are.
+    """Pictures (B, C, H, W) with other colours in about `share` of them: each of their channels is one of the old ones, drawn by lot.
 
-    A copy; all its randomness comes from `generator`. Each order is equally likely, the one that changes nothing too.
+    So red may become blue, and where all channels are the same one, the picture is grey; the other pictures stay as they are.
+    A copy; all its randomness comes from `generator`.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must lie between 0 and 1, got {share}.")
-    channels = images.shape[1]
-    orders = torch.stack(
-        [
-            torch.randperm(channels, generator=generator) if torch.rand((), generator=generator) < share else torch.arange(channels)
-            for _ in images
-        ]
-    )  # (B, C)
-    return images[torch.arange(len(images))[:, None], orders]
+    count, channels = images.shape[:2]
+    drawn = torch.randint(channels, (count, channels), generator=generator)
+    changed = torch.rand(count, 1, generator=generator) < share
+    return images[torch.arange(count)[:, None], torch.where(changed, drawn, torch.arange(channels))]
 
 
 def vae_loss(
-    kl_weight: float = 1e-3, perceptual_weight: float = 0.0, probe: Probe | None = None, exchange: float = 0.5
+    kl_weight: float = 5e-5, perceptual_weight: float = 0.0, probe: Probe | None = None, exchange: float = 0.5
 ) -> Callable[[AutoencoderKL, torch.Tensor, torch.Generator], torch.Tensor]:
     """The loss of an autoencoder, as `train` wants it: `loss_fn(model, images, generator)`, a scalar.
 
-    |error| + error², each averaged over all numbers of the pictures; `kl_weight` times the KL divergence from N(0, 1), averaged over all
-    numbers of the latents; `perceptual_weight` times `perceptual_distance` with the `probe`. `exchange`: the share of the pictures that
-    get their colour channels in a random order first (see `exchange_channels`); 0 leaves all as they are.
+    The mean squared error over all numbers of the pictures; `kl_weight` times the KL divergence from N(0, 1), averaged over all numbers of
+    the latents; `perceptual_weight` times `perceptual_distance` with the `probe`. `exchange`: the share of the pictures whose colour
+    channels are drawn by lot first (see `exchange_channels`); 0 leaves all as they are.
     """
     if perceptual_weight and probe is None:
         raise ValueError("a perceptual term needs a probe to look with: vae_loss(..., probe=load_probe()).")
@@ -97,8 +94,7 @@ def vae_loss(
             images = exchange_channels(images, generator, exchange)
         images = images.to(next(model.parameters()).device, memory_format=torch.channels_last)
         output, posterior = model(images, generator)
-        error = output.float() - images
-        loss = error.abs().mean() + error.square().mean() + kl_weight * posterior.kl().mean()
+        loss = (output.float() - images).square().mean() + kl_weight * posterior.kl().mean()
         if perceptual_weight:
             loss = loss + perceptual_weight * perceptual_distance(probe, output, images).mean()
         return loss

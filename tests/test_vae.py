@@ -231,8 +231,7 @@ def test_loss_is_the_sum_of_its_terms():
     probe = load_probe()
     with torch.no_grad():
         output, posterior = model(images, torch.Generator().manual_seed(5))
-        error = output - images
-        distance = error.abs().mean() + error.square().mean()
+        distance = (output - images).square().mean()
         loss = vae_loss(0.0, exchange=0)(model, images, torch.Generator().manual_seed(5))
         assert torch.isclose(loss, distance, atol=1e-6)
         loss = vae_loss(0.5, 2.0, probe, exchange=0)(model, images, torch.Generator().manual_seed(5))
@@ -243,20 +242,21 @@ def test_loss_is_the_sum_of_its_terms():
         vae_loss(perceptual_weight=1.0)
 
 
-def test_about_half_of_the_pictures_get_their_channels_in_another_order():
-    images = torch.rand(600, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+def test_about_half_of_the_pictures_get_channels_drawn_by_lot():
+    images = torch.rand(2700, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     before = images.clone()
     changed = exchange_channels(images, torch.Generator().manual_seed(1))
     same = (changed == images).flatten(1).all(1)
-    assert 0.52 < same.float().mean() < 0.65  # a half, and a sixth of the other half: one order of six changes nothing
-    assert torch.equal(changed.sort(1).values, images.sort(1).values) and torch.equal(images, before)
-    orders = [changed[0][list(order)] for order in itertools.permutations(range(3))]
-    assert sum(torch.equal(images[0], order) for order in orders) == 1
+    assert 0.48 < same.float().mean() < 0.56 and torch.equal(images, before)  # a half, and one draw of 27 changes nothing
+    assert sum(torch.equal(images[0][list(picks)], changed[0]) for picks in itertools.product(range(3), repeat=3)) == 1
     assert torch.equal(changed, exchange_channels(images, torch.Generator().manual_seed(1)))
     assert not torch.equal(changed, exchange_channels(images, torch.Generator().manual_seed(2)))
     assert torch.equal(exchange_channels(images, torch.Generator().manual_seed(1), share=0), images)
     every = exchange_channels(images, torch.Generator().manual_seed(1), share=1)
-    assert 0.1 < (every == images).flatten(1).all(1).float().mean() < 0.24
+    drawn = (every[:, :, None] == images[:, None]).all(-1).all(-1)  # (N, new channel, old channel)
+    assert (drawn.sum(2) == 1).all() and (drawn.float().mean(0) - 1 / 3).abs().max() < 0.04
+    grey = (every == every[:, :1]).flatten(1).all(1).float().mean()
+    assert 0.08 < grey < 0.15  # three draws of 27
     with pytest.raises(ValueError, match="share must lie between 0 and 1, got 1.5"):
         exchange_channels(images, torch.Generator(), share=1.5)
 
