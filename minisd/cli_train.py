@@ -2,10 +2,11 @@
 
 import argparse
 import time
+from pathlib import Path
 
 from minisd.cli_variant import VARIANT_STEPS, train_variant
 
-TRAINING_STEPS = {"ddpm": 2500, "class": 2500, "clip": 1000, "text": 2500, "vae": 2500, "postcards": 4500}
+TRAINING_STEPS = {"ddpm": 2500, "class": 2500, "clip": 1000, "text": 2500, "vae": 2500, "postcards": 3500}
 TRAINING_STEPS |= VARIANT_STEPS | {"probe": 3000, "segmenter": 1500}
 
 
@@ -19,6 +20,8 @@ def run_train(options: argparse.Namespace) -> None:
         raise ValueError("--text-encoder belongs to the models text and postcards.")
     if options.vae is not None and options.model != "postcards":
         raise ValueError("--vae belongs to the model postcards.")
+    if options.resume and not any(Path(options.out).rglob("checkpoint.pt")):
+        print(f"nothing to resume in {options.out} yet: starting at the first step", flush=True)
     run = {"steps": steps, "out": options.out, "resume": options.resume, "seed": options.seed, "save_every": options.save_every}
     if options.model == "postcards":
         return train_everything(options, run)

@@ -3,6 +3,7 @@
 # %% ../lessons/10_latent_diffusion.ipynb #588545af
 """Latent diffusion: postcards encoded once, a UNet trained on their latents to draw what a sentence says, and all parts joined."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -138,8 +139,8 @@ def train_latent(
     """Train the course's latent UNet on scaled latents (N, 4, 8, 8) and N lists of phrasings; with `out`, keep it there.
 
     `encoder`, `tokenizer`: what reads the phrasings; not trained, but kept beside the UNet. `config`: entries other than
-    `POSTCARDS_CONFIG`'s, such as "vae", the name or folder of the autoencoder that made the latents. `options` go to `train`
-    (`device`, `dtype`, `progress`, `callback`, ...). Raises `ValueError` when latents and texts do not fit.
+    `POSTCARDS_CONFIG`'s, such as "vae", the autoencoder that made the latents: its name, or its folder as seen from `out`.
+    `options` go to `train` (`device`, `dtype`, `progress`, `callback`, ...). Raises `ValueError` when latents and texts do not fit.
     """
     flat = flattened(latents, texts)
     config = POSTCARDS_CONFIG | (config or {})
@@ -202,7 +203,8 @@ def load_shipped(name_or_folder: str | Path, dtype: torch.dtype | None = None, d
     unet, encoder = ConditionalUNet(ConditionalUNetConfig(**config["unet"])), TextEncoder(TextConfig(**config["text"]))
     load_into(nn.ModuleDict({"unet": unet, "text_encoder": encoder}), weights, name_or_folder)
     tokenizer = Tokenizer.load(model_folder(name_or_folder))
-    pipe = join(unet, load_vae(config["vae"], "cpu"), encoder.requires_grad_(False), tokenizer, config)
+    vae = config["vae"] if config["vae"] in shipped_models() else model_folder(name_or_folder) / config["vae"]
+    pipe = join(unet, load_vae(vae, "cpu"), encoder.requires_grad_(False), tokenizer, config)
     for part in (pipe.unet, pipe.vae, *pipe.text_encoders):
         part.to(device or default_device(), dtype or torch.float32, memory_format=torch.channels_last)
     pipe.dtype = dtype or fast_dtype(pipe.device)
@@ -210,7 +212,7 @@ def load_shipped(name_or_folder: str | Path, dtype: torch.dtype | None = None, d
 
 
 # %% ../lessons/10_latent_diffusion.ipynb #7bcd3dd9
-POSTCARDS_STEPS = {"vae": 2_000, "clip": 900, "unet": 4_500}
+POSTCARDS_STEPS = {"vae": 4_000, "clip": 900, "unet": 3_500}
 CLIP_OPTIONS = {"group": 4, "embedding_scale": 50.0, "optimizer": "muon", "lr": 3e-3}  # twins, and words that stay audible
 
 
@@ -246,7 +248,8 @@ def train_postcards(
         pairs = load_twins(max(8, pictures // 8 * 8), size=CLIP_CONFIG["size"])  # twins come in eights
         report(f"CLIP: {steps['clip']} steps in {train_clip(*pairs, steps['clip'], text_encoder, **CLIP_OPTIONS | run)[0].seconds:.0f} s")
     autoencoder, (clip, tokenizer) = load_vae(vae, device), load_clip(text_encoder, device)
-    config = POSTCARDS_CONFIG | {"vae": str(vae)}
+    known = str(vae) if str(vae) in shipped_models() else os.path.relpath(vae, out / "training" / "unet")  # the folder may be moved
+    config = POSTCARDS_CONFIG | {"vae": known}
     encoder = text_part(clip.text, config["text_layers"])
     latents = encode_pictures(autoencoder, images)
     del images

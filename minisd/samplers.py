@@ -60,6 +60,7 @@ __all__ = [
     "CLEAN",
     "SPACINGS",
     "SAMPLERS",
+    "STOCHASTIC",
     "Level",
     "level",
     "timesteps_at",
@@ -258,6 +259,7 @@ def karras_timesteps(schedule: NoiseSchedule, steps: int, rho: float = 7.0, sigm
 
 # %% ../lessons/04_samplers.ipynb #6365aea2
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_ancestral": euler_ancestral, "heun": heun, "dpmpp_2m": dpmpp_2m}
+STOCHASTIC = ("ddpm", "euler_ancestral")  # those that add fresh noise at each step
 
 
 def noise_source(shape: Sequence[int], seed: int | Sequence[int], device: torch.device | str = "cpu") -> Callable[[], Tensor]:

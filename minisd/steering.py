@@ -13,7 +13,7 @@ from minisd.applications import Seeds, draw_on, told_about
 from minisd.clip import CLIP
 from minisd.pipeline import StableDiffusion, Texts, as_list
 from minisd.plots import to_pil
-from minisd.samplers import noise_source
+from minisd.samplers import STOCHASTIC, noise_source
 from minisd.tokenizer import Tokenizer
 from minisd.wrapping import Loss, LossGuided, Windowed
 
@@ -85,7 +85,7 @@ def interpolate(
         each = each.expand(len(prompt), *each.shape[1:])
         rows[name] = torch.cat([mix(each[i : i + 1], each[i + 1 : i + 2], x - i, way) for x, i in zip(at, before)])
     denoiser, path, film = pipe.denoiser(guidance, negative), pipe.scheduler.path(steps), []
-    if pipe.scheduler.sampler in ("ddpm", "euler_ancestral"):
+    if pipe.scheduler.sampler in STOCHASTIC:
         options = {"sampler": "dpmpp_2m"} | options
     for first in range(0, frames, batch_size):
         part = slice(first, first + batch_size)

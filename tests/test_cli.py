@@ -57,7 +57,11 @@ def test_train_resume_and_generate(tmp_path, capsys):
     assert main(train) == 0
     assert main(train) == 1
     assert "already holds a run" in capsys.readouterr().err
+    capsys.readouterr()
     assert main([*train, "--resume"]) == 0
+    assert "nothing to resume" not in capsys.readouterr().out
+    assert main([*train[:-1], str(tmp_path / "other"), "--resume"]) == 0
+    assert f"nothing to resume in {tmp_path / 'other'} yet: starting at the first step" in capsys.readouterr().out
     assert main(["generate", "--model", str(out), "-n", "1", "--steps", "1", "--out", str(tmp_path / "one.png")]) == 0
 
 

@@ -1,6 +1,9 @@
 """The command line for latent models: `train postcards`, and `generate` with the whole of it."""
 
+import shutil
+
 import pytest
+import torch
 from PIL import Image
 
 import minisd.latent_diffusion
@@ -29,6 +32,16 @@ def test_trains_all_parts_and_measures(folder, capsys):
     assert pipe.guidance == 2.0 and pipe.unet.config.sample_size == 8
     assert main(["train", "postcards", "--steps", "2", "--out", str(folder)]) == 1
     assert "holds a finished model" in capsys.readouterr().err
+
+
+def test_the_unet_finds_its_autoencoder_wherever_the_run_lies(folder, tmp_path, monkeypatch):
+    moved = shutil.copytree(folder / "training", tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = (StableDiffusion.load(each, device="cpu") for each in (moved / "unet", folder))
+    assert torch.equal(ours.vae.quant_conv.weight, theirs.vae.quant_conv.weight)
+    shutil.rmtree(moved / "vae")
+    with pytest.raises(FileNotFoundError, match="no model in"):
+        StableDiffusion.load(moved / "unet", device="cpu")
 
 
 def test_generates_with_a_folder(folder, tmp_path, capsys):

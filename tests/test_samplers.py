@@ -36,7 +36,19 @@ from torch import nn
 
 from minisd.ddpm import Denoiser
 from minisd.noise import PREDICTION_TYPES, SCHEDULES, NoiseSchedule
-from minisd.samplers import CLEAN, SAMPLERS, SPACINGS, ddim, ddim_invert, karras_timesteps, level, make_path, noise_source, sample
+from minisd.samplers import (
+    CLEAN,
+    SAMPLERS,
+    SPACINGS,
+    STOCHASTIC,
+    ddim,
+    ddim_invert,
+    karras_timesteps,
+    level,
+    make_path,
+    noise_source,
+    sample,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own, with numpy 2
 
@@ -586,3 +598,17 @@ def test_noisy_samplers_ask_for_a_source_of_noise(variant):
 def test_eta_is_between_0_and_1(eta):
     with pytest.raises(ValueError, match=f"eta must be .*got {eta}"):
         sample(toy_denoiser(), SHAPE, "ddim", eta=eta)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_list_of_stochastic_samplers_is_right(name):
+    """They need `draw`, and another draw gives another picture; the others neither need nor hear it."""
+    denoiser, path = toy_denoiser(), [900, 600, 300, CLEAN]
+    start = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    ends = [SAMPLERS[name](denoiser, start, path, draw=noise_source(start.shape, seed), progress=False) for seed in (1, 2)]
+    assert torch.equal(*ends) == (name not in STOCHASTIC)
+    if name in STOCHASTIC:
+        with pytest.raises(ValueError, match="this sampler adds fresh noise"):
+            SAMPLERS[name](denoiser, start, path, progress=False)
+    else:
+        assert torch.equal(SAMPLERS[name](denoiser, start, path, progress=False), ends[0])
