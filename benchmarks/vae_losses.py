@@ -5,6 +5,7 @@
     python benchmarks/vae_losses.py --colours "another order"        channels exchanged, where ours are drawn, with repetitions
     python benchmarks/vae_losses.py --colours negated                drawn, and every second one of them negated
     python benchmarks/vae_losses.py --widths 16 48 128 128
+    python benchmarks/vae_losses.py --model vae                      no training: an autoencoder that is there, shipped or in a folder
 
 PSNR of fresh postcards, mean of `--count` for each split and number of things; then, by day or at sunset, PSNR inside the things alone:
 a cactus in the colours of the training pictures, and the white one, which only `novel` has. With the absolute error the loss is about
@@ -24,7 +25,7 @@ from minisd.scenes import Scenes
 from minisd.text_to_image import load_pairs
 from minisd.utils import processor_name
 from minisd.vae import AutoencoderKL
-from minisd.vae_training import exchange_channels, psnr, train_vae
+from minisd.vae_training import exchange_channels, load_vae, psnr, train_vae
 
 WAYS = ("as they are", "another order", "drawn", "negated")
 
@@ -82,20 +83,29 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", help="of the levels (default: lesson 09's)")
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--count", type=int, default=150, help="fresh pictures for each mean (default: %(default)s)")
+    parser.add_argument("--model", help="measure this autoencoder, shipped or in a folder, and train none")
     options = parser.parse_args()
+    report(load_vae(options.model) if options.model else trained_with(options), options.count)
 
+
+def trained_with(options: argparse.Namespace) -> AutoencoderKL:
+    """An autoencoder after a training with these options."""
     images, _ = load_pairs(options.pictures, phrasings=1, size=64)
     kl_weight = options.kl_weight if options.kl_weight is not None else 3.5e-4 if options.absolute else 5e-5
     config = {"block_out_channels": tuple(options.widths)} if options.widths else None
     loss_fn = loss_of(options.absolute, kl_weight, options.colours)
     trained = train_vae(images, options.steps, config=config, loss_fn=loss_fn, batch_size=options.batch_size)
-    model = trained.model.requires_grad_(False)
-    print(f"{processor_name()}: {options.steps} steps in {trained.seconds:.0f} s, loss {trained.losses[-1]:.4f}")
+    print(f"{processor_name()}: {options.steps} steps in {trained.seconds:.0f} s, loss {trained.losses[-1]:.4f}", flush=True)
+    return trained.model.requires_grad_(False)
+
+
+def report(model: AutoencoderKL, count: int) -> None:
+    """All that is measured of one autoencoder."""
     for split in ("valid", "novel"):
         for things in (1, 2):
-            fresh = render(sample_scenes(options.count, split=split, seed=987_654, things=things))
+            fresh = render(sample_scenes(count, split=split, seed=987_654, things=things))
             print(f"{split} {things}: {psnr(fresh, back(model, fresh)).mean():.2f} dB")
-    scenes = sample_scenes(2 * options.count, split="valid", seed=5, things=1)
+    scenes = sample_scenes(2 * count, split="valid", seed=5, things=1)
     scenes = scenes[(scenes.sky != SKIES.index("night")).nonzero()[:, 0]]
     there = scenes.kind >= 0
     values = []
