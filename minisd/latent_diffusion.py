@@ -3,7 +3,6 @@
 # %% ../lessons/10_latent_diffusion.ipynb #588545af
 """Latent diffusion: postcards encoded once, a UNet trained on their latents to draw what a sentence says, and all parts joined."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -241,14 +240,15 @@ def train_postcards(
     report(f"drawing {pictures:,} postcards")
     images, texts = load_pairs(pictures, size=VAE_CONFIG["sample_size"])
     if vae is None:
-        vae = out / "training" / "vae"
+        vae, known = out / "training" / "vae", "../vae"  # seen from the UNet's folder: the whole run may be moved
         report(f"autoencoder: {steps['vae']} steps in {train_vae(images, steps['vae'], vae, **run).seconds:.0f} s")
+    else:
+        known = str(vae) if str(vae) in shipped_models() else str(Path(vae).resolve())
     if text_encoder is None:
         text_encoder = out / "training" / "clip"
         pairs = load_twins(max(8, pictures // 8 * 8), size=CLIP_CONFIG["size"])  # twins come in eights
         report(f"CLIP: {steps['clip']} steps in {train_clip(*pairs, steps['clip'], text_encoder, **CLIP_OPTIONS | run)[0].seconds:.0f} s")
     autoencoder, (clip, tokenizer) = load_vae(vae, device), load_clip(text_encoder, device)
-    known = str(vae) if str(vae) in shipped_models() else os.path.relpath(vae, out / "training" / "unet")  # the folder may be moved
     config = POSTCARDS_CONFIG | {"vae": known}
     encoder = text_part(clip.text, config["text_layers"])
     latents = encode_pictures(autoencoder, images)

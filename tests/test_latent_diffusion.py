@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from minisd.text_to_image import load_pairs
 from minisd.train import load_checkpoint
 from minisd.vae import AutoencoderKL
 from minisd.vae_training import VAE_CONFIG
-from minisd.weights import read_model, shipped_models
+from minisd.weights import model_folder, read_model, shipped_models
 
 TINY = {"unet": POSTCARDS_CONFIG["unet"] | {"block_out_channels": (16, 32), "heads": (2, 4)}}
 RUN = {"batch_size": 4, "device": "cpu", "dtype": torch.float32, "progress": False}
@@ -279,6 +280,16 @@ def test_the_whole_training_in_one_call(tmp_path):
         assert torch.equal(tensor, again.unet.state_dict()[name]) and torch.equal(tensor, in_training.unet.state_dict()[name])
     with pytest.raises(FileExistsError, match="holds a finished model"):
         train_postcards(tmp_path / "model", resume=True, **run)
+
+
+def test_a_given_autoencoder_is_found_from_any_folder(tmp_path, monkeypatch):
+    shutil.copytree(model_folder("vae"), tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    run = {"pictures": 40, "steps": {"unet": 1}, "text_encoder": "clip", "batch_size": 4, "progress": False, "device": "cpu"}
+    pipe = train_postcards("out", vae="mine", **run)
+    monkeypatch.chdir(tmp_path.parent)
+    again = StableDiffusion.load(tmp_path / "out" / "training" / "unet", device="cpu")
+    assert torch.equal(pipe.vae.quant_conv.weight, again.vae.quant_conv.weight)
 
 
 def test_the_whole_training_trains_clip_with_twins_and_loud_words(tmp_path, monkeypatch):
